@@ -1,0 +1,82 @@
+"""Finds and loads the native op library, once, and remembers why when it cannot."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_ops.so")
+_CUDA_LIBRARY = Path(__file__).with_name("_ops_cuda.so")
+_OLDEST_TORCH = (2, 10)
+_REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in the source tree"
+
+
+class Support(NamedTuple):
+    """Whether something can serve, and in words why not."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+def _load(library: Path) -> Support:
+    if _torch_version() < _OLDEST_TORCH:
+        return Support(False, f"torch >= 2.10 is needed for the native code, found {torch.__version__}")
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return Support(False, f"{library.name} does not load under torch {torch.__version__} ({error}); {_REBUILD}")
+    return Support(True)
+
+
+def _load_cpu() -> Support:
+    if os.environ.get("TENSORCOMP_NATIVE", "1") == "0":
+        return Support(False, "native code is switched off by TENSORCOMP_NATIVE=0")
+    if sys.byteorder != "little":
+        return Support(False, "the native kernels need a little-endian machine")
+    if not _LIBRARY.exists():
+        return Support(False, f"the package was installed without native code; {_REBUILD}")
+    loaded = _load(_LIBRARY)
+    if not loaded.ok:
+        warnings.warn(f"tensorcomp_ext: native code is off: {loaded.reason}", RuntimeWarning, stacklevel=2)
+    return loaded
+
+
+def _load_cuda() -> Support:
+    if not _CPU.ok:
+        return _CPU
+    if torch.version.cuda is None:
+        return Support(False, "this torch has no CUDA")
+    if not _CUDA_LIBRARY.exists():
+        return Support(False, f"the package was built without CUDA; set TENSORCOMP_CUDA=1 and {_REBUILD}")
+    loaded = _load(_CUDA_LIBRARY)
+    if not loaded.ok:
+        warnings.warn(f"tensorcomp_ext: CUDA code is off: {loaded.reason}", RuntimeWarning, stacklevel=2)
+    return loaded
+
+
+# Decided once, at import: a plain global also stays readable to torch.compile's tracing.
+_CPU = _load_cpu()
+_CUDA = _load_cuda()
+
+
+def status() -> Support:
+    """Whether the CPU op library is loaded, and why not."""
+    return _CPU
+
+
+def cuda_status() -> Support:
+    """Whether the CUDA op library is loaded, and why not."""
+    return _CUDA

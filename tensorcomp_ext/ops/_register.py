@@ -1,0 +1,56 @@
+"""What every op's registration shares: schema, default and fake kernels, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("tensorcomp", "FRAGMENT")
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def define(name: str, schema: str) -> None:
+    """Define ``tensorcomp::name`` unless the native library has brought it already."""
+    if not hasattr(torch.ops.tensorcomp, name):
+        _LIBRARY.define(name + schema)
+
+
+def register_default(name: str, kernel: Callable[..., Any], fake: Callable[..., Any] | None) -> None:
+    """Register the kernel that serves every device without one of its own, and the shape function.
+
+    The kernel is also reachable as ``tensorcomp::name_reference``: native code calls that for dtypes it cannot take.
+    """
+    schema = str(getattr(torch.ops.tensorcomp, name).default._schema)
+    define(f"{name}_reference", schema[schema.index("(") :])
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"{name}_reference", kernel, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"tensorcomp::{name}", fake, lib=_LIBRARY)
+
+
+def fallthrough_autograd(name: str) -> None:
+    """For inference-only ops: skip torch's generic autograd wrapper, which costs a microsecond a call."""
+    for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, key)
+
+
+def register_autocast(name: str, tensors: int) -> None:
+    """Under autocast, cast the first ``tensors`` arguments to the autocast dtype, as convolutions are."""
+    op = getattr(torch.ops.tensorcomp, name).default
+    for device, key in _AUTOCAST_KEYS.items():
+
+        def cast(*args: Any, _device: str = device, _key: str = key) -> Any:
+            dtype = torch.get_autocast_dtype(_device)
+            low = [
+                a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+                for a in args[:tensors]
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(
+                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+            ):
+                return op(*low, *args[tensors:])
+
+        _LIBRARY.impl(name, cast, key)

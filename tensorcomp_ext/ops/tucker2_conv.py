@@ -1,0 +1,405 @@
+"""Tucker-2 convolution: schema, fake kernels, autograd, autocast and the public functions.
+
+The native library (``csrc/ops/tucker2_conv.cpp``) serves CPU float32 and bfloat16; whatever it cannot take goes to
+the oracle, and :func:`native_support` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from .._native import Support
+from ._register import define, fallthrough_autograd, register_autocast, register_default
+
+_NAME = "tucker2_conv2d"
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+IntOrPair = int | Sequence[int]
+
+
+class Geometry(NamedTuple):
+    """Stride, padding (top, bottom, left, right) and dilation of a two-dimensional convolution."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the output for an input of ``size`` (rows, columns)."""
+        pads = (self.padding[0] + self.padding[1], self.padding[2] + self.padding[3])
+        out = [(size[d] + pads[d] - self.dilation[d] * (kernel[d] - 1) - 1) // self.stride[d] + 1 for d in (0, 1)]
+        return out[0], out[1]
+
+
+def _pair(value: IntOrPair, argument: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:
+        pair = pair * 2
+    if len(pair) != 2 or any(v < least for v in pair):
+        raise ValueError(f"{_NAME}: {argument} must be an int or a pair of ints >= {least}, got {value}")
+    return pair[0], pair[1]
+
+
+def resolve_geometry(
+    kernel: Sequence[int], stride: IntOrPair, padding: IntOrPair | str, dilation: IntOrPair
+) -> Geometry:
+    """Bring the accepted spellings of stride, padding and dilation into one form.
+
+    Raises:
+        ValueError: a value out of range, or ``padding="same"`` with a stride above 1.
+    """
+    strides, dilations = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    if isinstance(padding, str):
+        if padding == "valid":
+            return Geometry(strides, (0, 0, 0, 0), dilations)
+        if padding != "same":
+            raise ValueError(f"{_NAME}: padding must be ints, 'same' or 'valid', got {padding!r}")
+        if strides != (1, 1):
+            raise ValueError(f"{_NAME}: padding='same' needs stride 1, got stride {strides}")
+        total = [dilations[d] * (kernel[d] - 1) for d in (0, 1)]
+        top, left = total[0] // 2, total[1] // 2
+        return Geometry(strides, (top, total[0] - top, left, total[1] - left), dilations)
+    if not isinstance(padding, int) and len(padding) == 4:
+        if any(v < 0 for v in padding):
+            raise ValueError(f"{_NAME}: padding must be >= 0, got {padding}")
+        top, bottom, left, right = padding
+        return Geometry(strides, (top, bottom, left, right), dilations)
+    rows, columns = _pair(padding, "padding", 0)
+    return Geometry(strides, (rows, rows, columns, columns), dilations)
+
+
+def _check_tensor(value: Tensor, argument: str, dims: int, letters: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{_NAME}: {argument} must be a tensor, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{_NAME}: {argument} must be {letters}, got {list(value.shape)}")
+
+
+def check_arguments(
+    x: Tensor, core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Tensor | None, geometry: Geometry
+) -> None:
+    """Raise ``ValueError`` or ``TypeError`` naming the argument, what was expected and what was given."""
+    _check_tensor(x, "x", 4, "[N, C_in, H, W]")
+    _check_factors(core, factor_out, factor_in, bias)
+    if x.shape[1] != factor_in.shape[0]:
+        raise ValueError(
+            f"{_NAME}: factor_in must be [C_in, R_in] with C_in = {x.shape[1]}, got {list(factor_in.shape)}"
+        )
+    for value, argument in ((core, "core"), (factor_out, "factor_out"), (factor_in, "factor_in"), (bias, "bias")):
+        if value is None:
+            continue
+        if value.dtype != x.dtype:
+            raise TypeError(f"{_NAME}: {argument} must have x's dtype {x.dtype}, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{_NAME}: {argument} must be on x's device {x.device}, got {value.device}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{_NAME}: x must be of a floating dtype, got {x.dtype}")
+    rows, columns = geometry.output_size(x.shape[2:], core.shape[2:])
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"{_NAME}: the padded input {list(x.shape[2:])} is smaller than the dilated kernel "
+            f"{list(core.shape[2:])} (padding {geometry.padding}, dilation {geometry.dilation})"
+        )
+
+
+def _check_factors(core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Tensor | None) -> None:
+    _check_tensor(core, "core", 4, "[R_out, R_in, kH, kW]")
+    _check_tensor(factor_out, "factor_out", 2, "[C_out, R_out]")
+    _check_tensor(factor_in, "factor_in", 2, "[C_in, R_in]")
+    if min(core.shape) < 1:
+        raise ValueError(f"{_NAME}: core must be [R_out, R_in, kH, kW] with no empty mode, got {list(core.shape)}")
+    if factor_out.shape[1] != core.shape[0]:
+        raise ValueError(
+            f"{_NAME}: factor_out must be [C_out, R_out] with R_out = {core.shape[0]}, got {list(factor_out.shape)}"
+        )
+    if factor_in.shape[1] != core.shape[1]:
+        raise ValueError(
+            f"{_NAME}: factor_in must be [C_in, R_in] with R_in = {core.shape[1]}, got {list(factor_in.shape)}"
+        )
+    if bias is not None:
+        _check_tensor(bias, "bias", 1, "[C_out]")
+        if bias.shape[0] != factor_out.shape[0]:
+            raise ValueError(
+                f"{_NAME}: bias must be [C_out] with C_out = {factor_out.shape[0]}, got {list(bias.shape)}"
+            )
+
+
+def native_support(
+    x: Tensor,
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+) -> Support:
+    """Whether the native kernel takes this problem, and the reason when it does not."""
+    if x.device.type == "cpu":
+        loaded = _native.status()
+        if not loaded.ok:
+            return loaded
+        if x.dtype not in _NATIVE_DTYPES:
+            return Support(False, f"the native CPU kernel takes float32 and bfloat16, not {x.dtype}")
+        return Support(True)
+    return Support(False, f"there is no native {_NAME} for device {x.device.type!r}")
+
+
+def tucker2_conv2d(
+    x: Tensor,
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Two-dimensional convolution with a Tucker-2 weight, fused into one pass.
+
+    ``W[t,s,y,x] = sum_ab factor_out[t,b] core[b,a,y,x] factor_in[s,a]``; the result equals
+    ``torch.nn.functional.conv2d(x, W, bias, stride, padding, dilation)``. The rank-space activations are never
+    stored whole: forward keeps a few rows of them in cache, backward computes them again.
+
+    Args:
+        x: input ``[N, C_in, H, W]``, contiguous, channels-last or any strides; float32 or bfloat16 for native code.
+        core: ``[R_out, R_in, kH, kW]``.
+        factor_out: ``[C_out, R_out]``.
+        factor_in: ``[C_in, R_in]``.
+        bias: ``[C_out]`` or None.
+        stride, dilation: int or pair.
+        padding: int, pair, four ints (top, bottom, left, right), "same" or "valid".
+        backend: None chooses; "native" or "reference" force.
+
+    Returns:
+        ``[N, C_out, H', W']`` in the memory format of ``x``.
+
+    Cost: ``N (H W C_in R_in + H' W' (kH kW R_in R_out + R_out C_out))`` MACs.
+
+    Raises:
+        ValueError: sizes, devices or options that do not fit; ``backend="native"`` where it cannot serve (with the
+            reason).
+        TypeError: an argument that is no tensor, or dtypes that differ.
+
+    Source: Tucker 1966; Kim et al. 2016.
+    """
+    _check_tensor(core, "core", 4, "[R_out, R_in, kH, kW]")
+    geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
+    check_arguments(x, core, factor_out, factor_in, bias, geometry)
+    if backend not in (None, "native", "reference"):
+        raise ValueError(f"{_NAME}: backend must be None, 'native' or 'reference', got {backend!r}")
+    if backend != "reference":
+        support = native_support(x, core, factor_out, factor_in, bias)
+        if support.ok:
+            return torch.ops.tensorcomp.tucker2_conv2d(x, core, factor_out, factor_in, bias, *geometry)
+        if backend == "native":
+            raise ValueError(f"{_NAME}: backend='native' cannot serve: {support.reason}")
+    return reference.tucker2_conv2d(x, core, factor_out, factor_in, bias, *geometry)
+
+
+def pack_tucker2(core: Tensor, factor_out: Tensor, factor_in: Tensor) -> Tensor:
+    """Copy the three weights once into the order the native kernel reads; for :func:`tucker2_conv2d_packed`.
+
+    Returns an opaque one-dimensional tensor, valid for the instruction set in use now.
+
+    Raises:
+        ValueError, TypeError: as :func:`tucker2_conv2d`.
+    """
+    _check_factors(core, factor_out, factor_in, None)
+    return torch.ops.tensorcomp.tucker2_conv2d_pack(core.detach(), factor_out.detach(), factor_in.detach())
+
+
+def packed_geometry(core_shape: Sequence[int], c_in: int, c_out: int, geometry: Geometry) -> list[int]:
+    """The integers that ``torch.ops.tensorcomp.tucker2_conv2d_packed`` takes beside its tensors."""
+    return [*core_shape, c_in, c_out, *geometry.stride, *geometry.padding, *geometry.dilation]
+
+
+def tucker2_conv2d_packed(
+    x: Tensor,
+    packed: Tensor,
+    core_shape: Sequence[int],
+    c_out: int,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+) -> Tensor:
+    """:func:`tucker2_conv2d` for inference, with weights from :func:`pack_tucker2`. Not differentiable.
+
+    Raises:
+        ValueError: sizes that do not fit.
+        RuntimeError: ``packed`` was made for other sizes, another dtype or another instruction set.
+    """
+    geometry = resolve_geometry(core_shape[2:], stride, padding, dilation)
+    return torch.ops.tensorcomp.tucker2_conv2d_packed(
+        x, packed, bias, packed_geometry(core_shape, x.shape[1], c_out, geometry)
+    )
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+_SCHEMAS = {
+    "tucker2_conv2d": "(Tensor x, Tensor core, Tensor factor_out, Tensor factor_in, Tensor? bias=None, "
+    "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor",
+    "tucker2_conv2d_backward": "(Tensor grad, Tensor x, Tensor core, Tensor factor_out, Tensor factor_in, "
+    "int[2] stride, int[2] padding, int[2] dilation, int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "tucker2_conv2d_pack": "(Tensor core, Tensor factor_out, Tensor factor_in) -> Tensor",
+    "tucker2_conv2d_packed": "(Tensor x, Tensor packed, Tensor? bias, int[] geometry) -> Tensor",
+}
+"""Also written in ``csrc/ops/tucker2_conv.cpp``, so that a C++ process has them; a test compares the two."""
+
+
+def _forward(
+    x: Tensor,
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+) -> Tensor:
+    y = reference.tucker2_conv2d(x, core, factor_out, factor_in, bias, stride, padding, dilation)
+    return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def _reference_gradients(
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    geometry: Geometry,
+    mask: Sequence[bool],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Gradients of x, core, factor_out, factor_in and bias by differentiating the oracle."""
+    with torch.enable_grad():
+        tensors = [x, core, factor_out, factor_in]
+        if not create_graph:
+            tensors = [t.detach().requires_grad_(m) for t, m in zip(tensors, mask, strict=False)]
+        y = reference.tucker2_conv2d(tensors[0], tensors[1], tensors[2], tensors[3], None, *geometry)
+        wanted = [t for t, m in zip(tensors, mask, strict=False) if m]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph) if wanted else ())
+    gradients: list[Tensor | None] = [next(found) if m else None for m in mask[:4]]
+    gradients.append(grad.sum((0, 2, 3)) if mask[4] else None)
+    return gradients
+
+
+def _mask_bits(output_mask: int) -> list[bool]:
+    return [bool(output_mask >> bit & 1) for bit in range(5)]
+
+
+def _backward_default(
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_mask: int,
+) -> tuple[Tensor, ...]:
+    geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
+    mask = _mask_bits(output_mask)
+    gradients = _reference_gradients(grad, x, core, factor_out, factor_in, geometry, mask, create_graph=False)
+    layout = torch._prims_common.suggest_memory_format(x)
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].contiguous(memory_format=layout)
+    return tuple(x.new_empty(0) if g is None else g if i == 0 else g.contiguous() for i, g in enumerate(gradients))
+
+
+def _pack_without_native(core: Tensor, factor_out: Tensor, factor_in: Tensor) -> Tensor:
+    raise RuntimeError(f"{_NAME}_pack: {_native.status().reason or 'packing is for CPU tensors only'}")
+
+
+def _packed_without_native(x: Tensor, packed: Tensor, bias: Tensor | None, geometry: list[int]) -> Tensor:
+    raise RuntimeError(f"{_NAME}_packed: {_native.status().reason or 'packed weights are for CPU tensors only'}")
+
+
+def _fake_forward(
+    x: Tensor,
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+) -> Tensor:
+    geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
+    check_arguments(x, core, factor_out, factor_in, bias, geometry)
+    rows, columns = geometry.output_size(x.shape[2:], core.shape[2:])
+    layout = torch._prims_common.suggest_memory_format(x)
+    return torch.empty(
+        (x.shape[0], factor_out.shape[0], rows, columns), dtype=x.dtype, device=x.device, memory_format=layout
+    )
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_mask: int,
+) -> tuple[Tensor, ...]:
+    layout = torch._prims_common.suggest_memory_format(x)
+    shapes = (x.shape, core.shape, factor_out.shape, factor_in.shape, (factor_out.shape[0],))
+    return tuple(
+        x.new_empty(0)
+        if not wanted
+        else torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        if index == 0
+        else x.new_empty(shape)
+        for index, (shape, wanted) in enumerate(zip(shapes, _mask_bits(output_mask), strict=True))
+    )
+
+
+def _fake_packed(x: Tensor, packed: Tensor, bias: Tensor | None, geometry: list[int]) -> Tensor:
+    layout = torch._prims_common.suggest_memory_format(x)
+    resolved = Geometry((geometry[6], geometry[7]), tuple(geometry[8:12]), (geometry[12], geometry[13]))  # type: ignore[arg-type]
+    rows, columns = resolved.output_size(x.shape[2:], geometry[2:4])
+    return torch.empty(
+        (x.shape[0], geometry[5], rows, columns), dtype=x.dtype, device=x.device, memory_format=layout
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, core, factor_out, factor_in, _, *geometry = inputs
+    ctx.save_for_backward(x, core, factor_out, factor_in)
+    ctx.geometry = resolve_geometry(core.shape[2:], *geometry)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    mask = ctx.needs_input_grad[:5]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Somebody asks for second derivatives: the oracle has them.
+        return (*_reference_gradients(grad, *saved, ctx.geometry, mask, create_graph=True), None, None, None)
+    bits = sum(1 << bit for bit, wanted in enumerate(mask) if wanted)
+    found = torch.ops.tensorcomp.tucker2_conv2d_backward(grad, *saved, *ctx.geometry, bits)
+    return (*(g if wanted else None for g, wanted in zip(found, mask, strict=True)), None, None, None)
+
+
+for _op, _schema in _SCHEMAS.items():
+    define(_op, _schema)
+register_default("tucker2_conv2d", _forward, _fake_forward)
+register_default("tucker2_conv2d_backward", _backward_default, _fake_backward)
+register_default("tucker2_conv2d_pack", _pack_without_native, None)
+register_default("tucker2_conv2d_packed", _packed_without_native, _fake_packed)
+torch.library.register_autograd("tensorcomp::tucker2_conv2d", _autograd, setup_context=_setup_context)
+register_autocast("tucker2_conv2d", tensors=5)
+fallthrough_autograd("tucker2_conv2d_pack")
+fallthrough_autograd("tucker2_conv2d_packed")
