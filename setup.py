@@ -1,0 +1,213 @@
+"""Builds the native code of tensorcomp_ext; everything else of the package is in pyproject.toml.
+
+Three libraries come out of ``csrc``:
+
+* ``tensorcomp_ext/_ops.so``: the op library, on the LibTorch stable interface and free of Python,
+* ``tensorcomp_ext/_ops_cuda.so``: the same for CUDA,
+* ``tensorcomp_ext/_C``: a small pybind11 module with what an op schema cannot express.
+
+Environment:
+
+* ``TENSORCOMP_NATIVE=0`` installs without compiling: every op then runs through its PyTorch reference.
+* ``TENSORCOMP_CUDA=auto|0|1``: build the CUDA library when a toolkit and a CUDA torch are there (the default),
+  never, or whenever a toolkit is there, even against a CPU-only torch.
+* ``TORCH_CUDA_ARCH_LIST``: as everywhere in PyTorch; no visible GPU is needed.
+* ``MAX_JOBS``: compilers to run at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext as setuptools_build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+# One binary serves this torch and every later one.
+OLDEST_TORCH = (2, 10)
+TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
+DEFAULT_CUDA_ARCHS = "8.0;9.0a"
+OP_LIBRARIES = ("_ops", "_ops_cuda")
+HOST_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+
+NO_TORCH = """
+tensorcomp_ext is compiled against the PyTorch it will run with, and {problem}.
+
+  1. pip install "torch>={oldest}" setuptools wheel ninja
+  2. pip install --no-build-isolation .
+
+Without --no-build-isolation, pip compiles in an environment of its own that cannot see your torch.
+To install without compiling anything: TENSORCOMP_NATIVE=0 pip install .
+"""
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files below csrc, sorted, relative to the project: objects then land at the same place every time."""
+    found = (path for pattern in patterns for path in CSRC.glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def sources_hash() -> str:
+    """Identifies the native sources a build was made from."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"}):
+        if "tests" not in path.relative_to(CSRC).parts:
+            digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def system_includes(*directories: str | Path) -> list[str]:
+    """Headers of others: warnings in them must not stop our -Werror build."""
+    return [argument for directory in directories for argument in ("-isystem", str(directory))]
+
+
+def torch_include() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent / "include"
+
+
+def torch_library_directory() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent / "lib"
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit, also where torch itself is CPU-only and therefore does not look for it."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None and (Path(nvcc).resolve().parent.parent / "include" / "cuda_runtime.h").exists():
+        return Path(nvcc).resolve().parent.parent
+    usual = Path("/usr/local/cuda")
+    return usual if (usual / "bin" / "nvcc").exists() else None
+
+
+def want_cuda() -> bool:
+    choice = os.environ.get("TENSORCOMP_CUDA", "auto").lower()
+    if choice not in {"auto", "0", "1"}:
+        raise SystemExit(f"TENSORCOMP_CUDA must be auto, 0 or 1, got {choice!r}")
+    if choice == "auto":
+        import torch
+
+        return torch.version.cuda is not None and cuda_home() is not None
+    if choice == "1" and cuda_home() is None:
+        raise SystemExit("TENSORCOMP_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to where bin/nvcc is")
+    return choice == "1"
+
+
+def op_library() -> Extension:
+    return Extension(
+        "tensorcomp_ext._ops",
+        sources("kernels/cpu/*.cpp", "ops/*.cpp"),
+        include_dirs=[str(CSRC)],
+        define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION)],
+        extra_compile_args=[*HOST_FLAGS, *system_includes(torch_include())],
+        # Named by soname, without a path: at load it is the copy torch has loaded already.
+        library_dirs=[str(torch_library_directory())],
+        libraries=["torch_cpu"],
+        extra_link_args=["-Wl,--as-needed"],
+        language="c++",
+    )
+
+
+def cuda_op_library() -> Extension:
+    home = cuda_home()
+    assert home is not None
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    includes = system_includes(torch_include(), home / "include")
+    host = ",".join(["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"])
+    return Extension(
+        "tensorcomp_ext._ops_cuda",
+        sources("kernels/cuda/*.cu", "ops/cuda/*.cpp"),
+        include_dirs=[str(CSRC)],
+        define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION), ("USE_CUDA", "1")],
+        extra_compile_args={
+            "cxx": [*HOST_FLAGS, *includes],
+            "nvcc": ["-std=c++17", "-O3", "-Werror=all-warnings", f"-Xcompiler={host}", *includes],
+        },
+        library_dirs=[str(home / "lib64"), str(torch_library_directory())],
+        libraries=["cudart", "torch_cpu"],
+        # libtorch.so is an empty library that needs all of torch: with it, the symbols of libtorch_cuda.so
+        # resolve at load although a CPU-only torch has none of them to link against.
+        extra_link_args=["-Wl,--as-needed", "-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"],
+        language="c++",
+    )
+
+
+def python_module(cuda: bool) -> Extension:
+    import torch
+
+    return Extension(
+        "tensorcomp_ext._C",
+        ["csrc/module.cpp"],
+        include_dirs=[str(CSRC)],
+        define_macros=[
+            ("TENSORCOMP_TORCH_VERSION", f'"{torch.__version__}"'),
+            ("TENSORCOMP_TARGET_VERSION", f'"{OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"'),
+            ("TENSORCOMP_SOURCES_HASH", f'"{sources_hash()}"'),
+            ("TENSORCOMP_WITH_CUDA", str(int(cuda))),
+        ],
+        extra_compile_args=[*HOST_FLAGS, *system_includes(torch_include(), sysconfig.get_paths()["include"])],
+        libraries=["dl"],
+        extra_link_args=["-Wl,--as-needed"],
+        language="c++",
+    )
+
+
+def refuse(problem: str) -> dict[str, Any]:
+    """A build that fails with advice when, and only when, something is to be compiled (not for an sdist)."""
+
+    class BuildWithoutTorch(setuptools_build_ext):
+        def run(self) -> None:
+            oldest = ".".join(map(str, OLDEST_TORCH))
+            sys.stderr.write(NO_TORCH.format(problem=problem, oldest=oldest))
+            raise SystemExit(1)
+
+    return {"ext_modules": [Extension("tensorcomp_ext._ops", [])], "cmdclass": {"build_ext": BuildWithoutTorch}}
+
+
+def native() -> dict[str, Any]:
+    """setup()'s arguments for the native code."""
+    if os.environ.get("TENSORCOMP_NATIVE", "1") == "0":
+        return {}
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        return refuse(f"torch cannot be imported here ({error})")
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        return refuse(f"the torch here is {torch.__version__}")
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def get_ext_filename(self, ext_name: str) -> str:
+            """Op libraries are plain shared libraries, so their names carry no Python version."""
+            package, _, name = ext_name.rpartition(".")
+            if name in OP_LIBRARIES:
+                return os.path.join(*package.split("."), f"{name}.so")
+            return super().get_ext_filename(ext_name)
+
+        def get_export_symbols(self, ext: Extension) -> list[str]:
+            return []
+
+    extensions = [op_library()]
+    cuda = want_cuda()
+    if cuda:
+        extensions.append(cuda_op_library())
+        # A CPU-only torch leaves this unset; BuildExtension takes nvcc from it.
+        cpp_extension.CUDA_HOME = str(cuda_home())
+    extensions.append(python_module(cuda))
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**native())
