@@ -1,0 +1,122 @@
+"""MNIST-format data: IDX files, gzipped or plain."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .dataset import Dataset
+
+_IMAGES_MAGIC = 0x00000803  # unsigned bytes, three dimensions
+_LABELS_MAGIC = 0x00000801  # unsigned bytes, one dimension
+_CHUNK = 1 << 20
+
+_FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+def read_mnist(root: Path) -> Dataset:
+    """MNIST (LeCun et al. 1998): 60,000 training and 10,000 test images of 1x28x28."""
+    return _read(root, "mnist", ("mnist", "MNIST/raw"), (0.1307,), (0.3081,), tuple(map(str, range(10))))
+
+
+def read_fashion_mnist(root: Path) -> Dataset:
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 training and 10,000 test images of 1x28x28."""
+    return _read(
+        root, "fashion-mnist", ("fashion-mnist", "FashionMNIST/raw"), (0.2860,), (0.3530,), _FASHION_CLASSES
+    )
+
+
+def _read(
+    root: Path,
+    name: str,
+    folders: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    classes: tuple[str, ...],
+) -> Dataset:
+    candidates = [root, *(root / folder for folder in folders)]
+    folder = next((c for c in candidates if _find(c, "train-images-idx3-ubyte")), root)
+    parts: dict[str, torch.Tensor] = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        image_file = _need(folder, f"{prefix}-images-idx3-ubyte", name)
+        label_file = _need(folder, f"{prefix}-labels-idx1-ubyte", name)
+        images = read_idx(image_file, _IMAGES_MAGIC)
+        labels = read_idx(label_file, _LABELS_MAGIC)
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{name}: {image_file} has {len(images)} images but {label_file} has {len(labels)} labels"
+            )
+        parts[f"{split}_images"] = torch.from_numpy(images)[:, None]
+        parts[f"{split}_labels"] = torch.from_numpy(labels).long()
+    return Dataset(name=name, mean=mean, std=std, classes=classes, **parts)
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    # Some mirrors spell the last hyphen of the name as a dot.
+    for name in (stem, stem.replace("-idx", ".idx")):
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    return None
+
+
+def _need(folder: Path, stem: str, name: str) -> Path:
+    path = _find(folder, stem)
+    if path is None:
+        raise FileNotFoundError(f"{name}: {folder} has neither {stem} nor {stem}.gz")
+    return path
+
+
+def read_idx(path: Path, magic: int) -> np.ndarray:
+    """One IDX file of unsigned bytes: big-endian magic number and sizes, then the values.
+
+    Arguments:
+        path: file; decompressed where its name ends in .gz.
+        magic: expected magic number; its last byte is the number of dimensions.
+
+    Returns uint8 of the sizes in the header. Raises ValueError for another magic number, a file shorter or
+    longer than its header says, an empty one, or damaged compression.
+    """
+    dimensions = magic & 0xFF
+    header_bytes = 4 + 4 * dimensions
+    header = b""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(header_bytes)
+            if len(header) < header_bytes:
+                raise ValueError(
+                    f"{path} is truncated: its header needs {header_bytes} bytes, got {len(header)}"
+                )
+            found, *shape = (int(value) for value in np.frombuffer(header, ">u4"))
+            if found != magic:
+                raise ValueError(
+                    f"{path} is not the expected IDX file: magic number 0x{magic:08x}, got 0x{found:08x}"
+                )
+            expected = int(np.prod(shape, dtype=object))
+            # In pieces, so that a false header cannot ask for more memory than the file fills.
+            content = bytearray()
+            while len(content) <= expected and (piece := file.read(min(_CHUNK, expected + 1 - len(content)))):
+                content += piece
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if expected == 0:
+        raise ValueError(f"{path} is empty: its header gives the sizes {shape}")
+    if len(content) != expected:
+        held = f"only {len(content)}" if len(content) < expected else "more"
+        raise ValueError(f"{path} is truncated or damaged: {expected} bytes of data for {shape}, got {held}")
+    return np.frombuffer(content, np.uint8).reshape(shape)

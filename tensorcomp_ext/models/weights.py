@@ -1,0 +1,84 @@
+"""Reading published weight files into our networks, without unpickling anything."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# The CIFAR ResNets published by Yerlan Idelbayev were trained on images normalised with ImageNet's figures.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def load_weights(model: nn.Module, path: str | Path) -> Normalization | None:
+    """Load weights into a network of the same architecture; the model is untouched unless all of them fit.
+
+    Takes a state dict saved by torch, alone or under "state_dict" or "model" (a training checkpoint of
+    `recipes.train`); a "module." prefix left by DataParallel is dropped, and "downsample" / "fc" are taken
+    for the "shortcut" / "linear" of our ResNets.
+
+    Arguments:
+        model: network whose parameters and buffers are overwritten.
+        path: file to read, with weights_only=True.
+
+    Returns the (mean, std) per channel of images in 0..1 that the weights were trained with, where the file
+    tells, else None.
+    Raises FileNotFoundError; ValueError for a file that is damaged, holds other objects than tensors, or does
+    not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_weights: no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"load_weights: {path} is not a readable file of tensors: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"load_weights: {path} must hold a state dict, got {type(content).__name__}")
+    nested = next((key for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None)
+    tensors = content if nested is None else content[nested]
+    wanted = model.state_dict()
+    state = _renamed(tensors, wanted)
+    _check_fit(state, wanted, path)
+    model.load_state_dict(state, strict=False)
+    return _normalization(content)
+
+
+def _renamed(tensors: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    state = {}
+    for key, value in tensors.items():
+        name = str(key).removeprefix("module.")
+        if name not in wanted:
+            name = name.replace(".downsample.", ".shortcut.")
+            name = f"linear.{name.removeprefix('fc.')}" if name.startswith("fc.") else name
+        state[name] = value
+    return state
+
+
+def _check_fit(state: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], path: Path) -> None:
+    # Files from before torch 0.4.1 lack this counter of batch normalisation, which inference never reads.
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in wanted]
+    if missing or unexpected:
+        raise ValueError(
+            f"load_weights: {path} is for another network: {len(missing)} missing {missing[:4]}, "
+            f"{len(unexpected)} unexpected {unexpected[:4]}"
+        )
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.shape != wanted[key].shape:
+            given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"load_weights: {path}: {key} must be {list(wanted[key].shape)}, got {given}")
+
+
+def _normalization(content: Mapping[str, Any]) -> Normalization | None:
+    recorded = content.get("normalization")
+    if isinstance(recorded, Mapping):
+        return tuple(map(float, recorded["mean"])), tuple(map(float, recorded["std"]))
+    return _IMAGENET if "best_prec1" in content and "state_dict" in content else None
