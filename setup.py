@@ -9,8 +9,8 @@ Three libraries come out of ``csrc``:
 Environment:
 
 * ``TENSORCOMP_NATIVE=0`` installs without compiling: every op then runs through its PyTorch reference.
-* ``TENSORCOMP_CUDA=auto|0|1``: build the CUDA library when a toolkit and a CUDA torch are there (the default),
-  never, or whenever a toolkit is there, even against a CPU-only torch.
+* ``TENSORCOMP_CUDA=auto|0|1``: build the CUDA library when a toolkit and a CUDA torch are there (the
+  default), never, or whenever a toolkit is there, even against a CPU-only torch.
 * ``TORCH_CUDA_ARCH_LIST``: as everywhere in PyTorch; no visible GPU is needed.
 * ``MAX_JOBS``: compilers to run at once.
 """
@@ -101,8 +101,18 @@ def want_cuda() -> bool:
 
         return torch.version.cuda is not None and cuda_home() is not None
     if choice == "1" and cuda_home() is None:
-        raise SystemExit("TENSORCOMP_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to where bin/nvcc is")
+        raise SystemExit("TENSORCOMP_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
     return choice == "1"
+
+
+def stable_macros() -> list[tuple[str, str | None]]:
+    """For everything on the stable interface. The torch version is there so that another one recompiles."""
+    import torch
+
+    return [
+        ("TORCH_TARGET_VERSION", TARGET_VERSION),
+        ("TENSORCOMP_TORCH_VERSION", f'"{torch.__version__}"'),
+    ]
 
 
 def op_library() -> Extension:
@@ -110,7 +120,7 @@ def op_library() -> Extension:
         "tensorcomp_ext._ops",
         sources("kernels/cpu/*.cpp", "ops/*.cpp"),
         include_dirs=[str(CSRC)],
-        define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION)],
+        define_macros=stable_macros(),
         extra_compile_args=[*HOST_FLAGS, *system_includes(torch_include())],
         # Named by soname, without a path: at load it is the copy torch has loaded already.
         library_dirs=[str(torch_library_directory())],
@@ -130,7 +140,7 @@ def cuda_op_library() -> Extension:
         "tensorcomp_ext._ops_cuda",
         sources("kernels/cuda/*.cu", "ops/cuda/*.cpp"),
         include_dirs=[str(CSRC)],
-        define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION), ("USE_CUDA", "1")],
+        define_macros=[*stable_macros(), ("USE_CUDA", "1")],
         extra_compile_args={
             "cxx": [*HOST_FLAGS, *includes],
             "nvcc": ["-std=c++17", "-O3", "-Werror=all-warnings", f"-Xcompiler={host}", *includes],
@@ -173,7 +183,8 @@ def refuse(problem: str) -> dict[str, Any]:
             sys.stderr.write(NO_TORCH.format(problem=problem, oldest=oldest))
             raise SystemExit(1)
 
-    return {"ext_modules": [Extension("tensorcomp_ext._ops", [])], "cmdclass": {"build_ext": BuildWithoutTorch}}
+    placeholder = Extension("tensorcomp_ext._ops", [])
+    return {"ext_modules": [placeholder], "cmdclass": {"build_ext": BuildWithoutTorch}}
 
 
 def native() -> dict[str, Any]:

@@ -72,7 +72,8 @@ std::vector<std::string> split(const std::string& list) {
 
 void check_seconds(const char* function, double seconds) {
   if (!(seconds > 0.0 && seconds <= 60.0)) {
-    throw py::value_error(std::string(function) + ": seconds must be in (0, 60], got " + std::to_string(seconds));
+    throw py::value_error(std::string(function) + ": seconds must be in (0, 60], got " +
+                          std::to_string(seconds));
   }
 }
 
@@ -101,16 +102,18 @@ PYBIND11_MODULE(_C, m) {
   static const OpLibrary ops = find_op_library();
 
   m.def("build_info", &build_info,
-        "Compiler, torch built against, oldest torch served, hash of the native sources, built with CUDA or not.");
+        "Compiler, torch built against, oldest torch served, hash of the native sources, built with CUDA or "
+        "not.");
   m.def("isa", [] { return std::string(ops.isa()); }, "The instruction set in use.");
-  m.def("isa_available", [] { return split(ops.isa_available()); },
-        "The instruction sets this machine can run, best first.");
+  m.def(
+      "isa_available", [] { return split(ops.isa_available()); },
+      "The instruction sets this machine can run, best first.");
   m.def(
       "set_isa_cap",
       [](const std::string& name) {
         if (ops.set_isa_cap(name.c_str()) != 0) {
-          throw py::value_error("set_isa_cap: expected one of " + std::string(ops.isa_available()) + ", got '" + name +
-                                "'");
+          throw py::value_error("set_isa_cap: expected one of " + std::string(ops.isa_available()) +
+                                ", got '" + name + "'");
         }
       },
       py::arg("name"), "Use no instruction set better than this one.");
@@ -136,5 +139,6 @@ PYBIND11_MODULE(_C, m) {
         return ops.copy_bandwidth(target.data(), source.data(), bytes, seconds);
       },
       py::arg("bytes") = std::size_t{1} << 28, py::arg("seconds") = 0.1,
-      "Bytes read plus bytes written per second by the calling thread, copying between two buffers of this size.");
+      "Bytes read plus bytes written per second by the calling thread, copying between two buffers of this "
+      "size.");
 }
