@@ -13,6 +13,19 @@ from torch import nn
 # The CIFAR ResNets published by Yerlan Idelbayev were trained on images normalised with ImageNet's figures.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# What torch.load raises on damaged bytes, depending on where the damage lies.
+_LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
+
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -35,13 +48,7 @@ def load_weights(model: nn.Module, path: str | Path) -> Normalization | None:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_weights: no file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"load_weights: {path} is not a readable file of tensors: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"load_weights: {path} must hold a state dict, got {type(content).__name__}")
+    content = read_tensor_file(path)
     nested = next((key for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None)
     tensors = content if nested is None else content[nested]
     wanted = model.state_dict()
@@ -49,6 +56,24 @@ def load_weights(model: nn.Module, path: str | Path) -> Normalization | None:
     _check_fit(state, wanted, path)
     model.load_state_dict(state, strict=False)
     return _normalization(content)
+
+
+def read_tensor_file(path: str | Path) -> dict[str, Any]:
+    """A dict of tensors, numbers, strings, lists and dicts saved by torch; nothing else is ever unpickled.
+
+    Raises OSError where the file cannot be opened, ValueError where it is damaged or holds anything else.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except _LOAD_ERRORS as error:
+            raise ValueError(
+                f"{path} is not a readable file of tensors: truncated, damaged, or holding other objects "
+                f"({type(error).__name__})"
+            ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
+    return content
 
 
 def _renamed(tensors: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Checkpoints of training: written atomically, read without unpickling objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorcomp_ext.models.weights import read_tensor_file
+
+FORMAT = 1
+_KIND = "tensorcomp training checkpoint"
+
+
+def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, strings, lists and dicts; a reader sees the old file or the whole new one.
+
+    Raises OSError where the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"kind": _KIND, "format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read what `write_checkpoint` wrote; ValueError for a damaged file, another kind or a newer format."""
+    path = Path(path)
+    content = read_tensor_file(path)
+    if content.get("kind") != _KIND:
+        raise ValueError(f"{path} is not a training checkpoint of this package")
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {content.get('format')}, this version reads format {FORMAT}"
+        )
+    return content
+
+
+def check_settings(path: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """ValueError unless a checkpoint is of a run with the same settings: others would give another result."""
+    changed = [
+        f"{key} (checkpoint {found.get(key)!r}, now {wanted.get(key)!r})"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key)
+    ]
+    if changed:
+        raise ValueError(f"checkpoint {path} is of a run with other settings: {', '.join(changed)}")
+
+
+def load_model_state(path: str | Path, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load weights, after checking that all of them fit; ValueError before anything is changed."""
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    if shapes != given:
+        keys = sorted({key for key in {*shapes, *given} if shapes.get(key) != given.get(key)})
+        first = f"{keys[0]} is {shapes.get(keys[0])} in the model and {given.get(keys[0])} in the checkpoint"
+        raise ValueError(f"checkpoint {path} is for another model: {len(keys)} tensors differ, {first}")
+    model.load_state_dict(dict(state))

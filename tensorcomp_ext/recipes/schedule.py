@@ -1,0 +1,31 @@
+"""Learning-rate schedules as pure functions of the step, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def cosine(step: int, steps: int) -> float:
+    """(1 + cos(pi step / steps)) / 2: from 1 down to 0 (Loshchilov & Hutter 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def onecycle(step: int, steps: int) -> float:
+    """From 1/25 up to 1 over the first 30 % of the steps, then down to 0, along half cosines (Smith 2018)."""
+    rise = round(0.3 * steps)
+    if step < rise:
+        return 1 / 25 + (1 - 1 / 25) * (1 - cosine(step, rise))
+    return cosine(step - rise, max(1, steps - rise))
+
+
+def constant(step: int, steps: int) -> float:
+    """Always 1."""
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "cosine": cosine,
+    "onecycle": onecycle,
+    "constant": constant,
+}
