@@ -82,7 +82,7 @@ cpp-test: $(INSTALLED)
 	done
 
 cuda-check: $(INSTALLED)
-	cmake/cuda_check.sh $(BIN)/python
+	$(BIN)/python cmake/cuda_check.py
 
 clean:
 	rm -rf build dist cmake-build* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

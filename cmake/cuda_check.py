@@ -1,0 +1,91 @@
+"""Compiles every .cu for sm_80 and sm_90a and every CUDA binding, and links the whole CUDA op library.
+
+It links against the installed torch, CPU-only or not; what comes out must hold code for both architectures and need
+nothing that torch and the CUDA runtime do not provide.
+
+Needs the CUDA toolkit (``CUDA_HOME``, or ``nvcc`` on the path), no GPU. Run by ``make cuda-check``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "cuda-check"
+ARCHS = {80: "sm_80", 90: "sm_90a"}
+FATBIN_MAGIC = 0xBA55ED50
+CUBIN = 2
+# What torch, the CUDA runtime and the C++ runtime provide.
+PROVIDED = re.compile(r"aoti_torch_|torch_|_ITM_|__gmon_start__|.*@")
+
+
+def build() -> Path:
+    choices = {"TENSORCOMP_NATIVE": "1", "TENSORCOMP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a"}
+    # Only the libraries go elsewhere: objects of the CPU code are shared with the usual build.
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(TREE)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **choices}, check=True)
+    return TREE / "tensorcomp_ext" / "_ops_cuda.so"
+
+
+def cubins(library: Path) -> Counter[int]:
+    """How many device binaries the library holds for each architecture.
+
+    Read from the headers of the fat binary, since cuobjdump is not part of every toolkit installation.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        section = Path(folder) / "fatbin"
+        select = ["--only-section=.nv_fatbin", "--set-section-flags", ".nv_fatbin=alloc"]
+        subprocess.run(["objcopy", "-O", "binary", *select, str(library), str(section)], check=True)
+        data = section.read_bytes()
+    found: Counter[int] = Counter()
+    at = 0
+    while at + 16 <= len(data):
+        magic, _, header, size = struct.unpack_from("<IHHQ", data, at)
+        if magic != FATBIN_MAGIC:  # padding between the binaries of two files
+            at += 8
+            continue
+        entry, at = at + header, at + header + size
+        while entry < at:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", data, entry)
+            if kind == CUBIN:
+                found[struct.unpack_from("<I", data, entry + 28)[0]] += 1
+            entry += entry_header + entry_size
+    return found
+
+
+def unexpected_symbols(library: Path) -> list[str]:
+    """Undefined symbols nothing known provides: they would show only when a GPU machine loads the library."""
+    listing = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--format=posix", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = [line.split()[0] for line in listing.stdout.splitlines()]
+    return [name for name in names if not PROVIDED.match(name)]
+
+
+def main() -> None:
+    library = build()
+    kernels = len(list((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")))
+    found = cubins(library)
+    for arch, name in ARCHS.items():
+        if found[arch] < kernels:
+            raise SystemExit(f"cuda-check: {kernels} .cu files, but {found[arch]} device binaries for {name}")
+    strange = unexpected_symbols(library)
+    if strange:
+        raise SystemExit(f"cuda-check: undefined symbols that nothing provides: {', '.join(strange)}")
+    print(
+        f"cuda-check: {kernels} kernel file(s), each for {' and '.join(ARCHS.values())}, linked and complete"
+    )
+
+
+if __name__ == "__main__":
+    main()
