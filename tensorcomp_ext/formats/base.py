@@ -1,0 +1,227 @@
+"""What a format is, and the registry of formats."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .forms import BottleneckConv, TwoFactor
+
+Rank = int | tuple[int, ...]
+
+_FORMATS: dict[str, type[Format]] = {}
+
+
+class Format(nn.Module, ABC):
+    """How a weight is stored: a set of parameters that stand for one dense tensor.
+
+    A format knows nothing of the layer that uses it nor of the kernel that runs it.
+    """
+
+    name: ClassVar[str]
+    """The name it is registered under."""
+    layers: ClassVar[frozenset[str]]
+    """The kinds of layer whose weight it can hold: "conv", "linear"."""
+    factor_names: ClassVar[tuple[str, ...]]
+    """Attribute names of the parameters, in the order the constructor takes them."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Shape of the dense weight in torch's order."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> Rank:
+        """The rank or ranks, as the classmethods take them."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The dense weight, differentiable in the factors."""
+
+    @abstractmethod
+    def lower(self) -> BottleneckConv | TwoFactor:
+        """The computational form, made of views of the parameters."""
+
+    @abstractmethod
+    def macs(self, in_positions: int, out_positions: int) -> int:
+        """Multiply-adds of the factor chain for so many input and output positions (batch times pixels, or rows)."""
+
+    @abstractmethod
+    def rebuild_macs(self) -> int:
+        """Multiply-adds of :meth:`to_dense`."""
+
+    @classmethod
+    @abstractmethod
+    def factor_shapes(cls, shape: Sequence[int], rank: Rank) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the factors of a dense ``shape`` at ``rank``, in the order of ``factor_names``."""
+
+    @classmethod
+    @abstractmethod
+    def check_rank(cls, shape: Sequence[int], rank: Rank) -> Rank:
+        """``rank`` in canonical form, clipped with a warning to the largest useful one.
+
+        Raises:
+            ValueError: a rank below 1, or the wrong number of ranks.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_dense(cls, weight: Tensor, rank: Rank) -> Self:
+        """Decompose ``weight`` (computed in float64, returned in its dtype on its device).
+
+        Raises:
+            ValueError: NaN or Inf in ``weight``, or a rank below 1.
+        """
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors in the order of ``factor_names``."""
+        return tuple(getattr(self, name) for name in self.factor_names)
+
+    @property
+    def numel(self) -> int:
+        """Stored weights."""
+        return sum(factor.numel() for factor in self.factors)
+
+    def flops(self, in_positions: int, out_positions: int) -> int:
+        """Two floating-point operations for each multiply-add of :meth:`macs`."""
+        return 2 * self.macs(in_positions, out_positions)
+
+    def dense_macs(self, out_positions: int) -> int:
+        """Multiply-adds of the dense layer for so many output positions."""
+        return out_positions * math.prod(self.shape)
+
+    @classmethod
+    def empty(
+        cls,
+        shape: Sequence[int],
+        rank: Rank,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Uninitialised factors, to be filled by a state dict or :meth:`reset_parameters`."""
+        shapes = cls.factor_shapes(shape, cls.check_rank(shape, rank))
+        return cls(*(torch.empty(s, device=device, dtype=dtype) for s in shapes))
+
+    @classmethod
+    def random(
+        cls,
+        shape: Sequence[int],
+        rank: Rank,
+        variance: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """Random factors whose dense weight has entries of the given variance; see :meth:`reset_parameters`."""
+        made = cls.empty(shape, rank, device=device, dtype=dtype)
+        made.reset_parameters(variance, generator=generator)
+        return made
+
+    @torch.no_grad()
+    def reset_parameters(
+        self, variance: float | None = None, *, generator: torch.Generator | None = None
+    ) -> None:
+        """Draw every factor from a normal distribution of variance ``c^2 = (v / prod R)^(1/N)``.
+
+        N is the number of factors and the product runs over the summed ranks, so that an entry of the dense weight
+        (a sum of ``prod R`` products of N entries) has variance ``v``.
+
+        Args:
+            variance: ``v``; ``2 / fan_in`` when None (He et al. 2015).
+        """
+        if variance is None:
+            variance = 2.0 / math.prod(self.shape[1:])
+        if not variance > 0:
+            raise ValueError(f"{self.name}: variance must be above 0, got {variance}")
+        ranks = (self.rank,) if isinstance(self.rank, int) else self.rank
+        deviation = (variance / math.prod(ranks)) ** (0.5 / len(self.factor_names))
+        for factor in self.factors:
+            factor.normal_(0.0, deviation, generator=generator)
+
+    def forward(self) -> Tensor:
+        """:meth:`to_dense`."""
+        return self.to_dense()
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.shape)}, rank={self.rank}"
+
+
+FormatClass = TypeVar("FormatClass", bound=type[Format])
+
+
+def register_format(name: str) -> Callable[[FormatClass], FormatClass]:
+    """Class decorator that makes a format known under ``name``."""
+
+    def register(cls: FormatClass) -> FormatClass:
+        if name in _FORMATS:
+            raise ValueError(f"register_format: {name!r} is taken by {_FORMATS[name].__qualname__}")
+        cls.name = name
+        _FORMATS[name] = cls
+        return cls
+
+    return register
+
+
+def get_format(name: str, layer: str | None = None) -> type[Format]:
+    """The format class registered under ``name``.
+
+    Args:
+        layer: "conv" or "linear": accept only formats that can hold such a layer's weight.
+
+    Raises:
+        ValueError: unknown name, with the names there are.
+    """
+    known = format_names(layer)
+    if name not in known:
+        kind = f" for {layer} layers" if layer else ""
+        raise ValueError(f"format must be one of {known}{kind}, got {name!r}")
+    return _FORMATS[name]
+
+
+def format_names(layer: str | None = None) -> list[str]:
+    """Names of the registered formats, or of those that can hold the weight of a "conv" or "linear" layer."""
+    return sorted(n for n, cls in _FORMATS.items() if layer is None or layer in cls.layers)
+
+
+def clip_rank(name: str, what: str, rank: object, largest: int) -> int:
+    """``rank`` as an int, clipped with a warning; shared by the ``check_rank`` of all formats."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{name}: {what} must be an int, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"{name}: {what} must be at least 1, got {rank}")
+    if rank > largest:
+        warnings.warn(f"{name}: {what}={rank} is clipped to {largest}, the size of its mode", stacklevel=4)
+        return largest
+    return rank
+
+
+def check_factor(
+    name: str, factor: object, argument: str, shape: Sequence[int | None], letters: str
+) -> Tensor:
+    """Raise unless ``factor`` is a floating tensor of ``shape`` (None: any size)."""
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(factor).__name__}")
+    if not factor.is_floating_point():
+        raise TypeError(f"{name}: {argument} must be of a floating dtype, got {factor.dtype}")
+    fits = len(shape) == factor.dim() and all(
+        w is None or w == g for w, g in zip(shape, factor.shape, strict=True)
+    )
+    if not fits or min(factor.shape) < 1:
+        raise ValueError(f"{name}: {argument} must be {letters}, got {list(factor.shape)}")
+    return factor
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor itself if it is a parameter already, else a new parameter of it."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)

@@ -1,0 +1,14 @@
+"""What a layer computes: factorized drop-in replacements of torch.nn layers."""
+
+from .base import FactorizedLayer, from_config
+from .conv import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d
+from .linear import FactorizedLinear
+
+__all__ = [
+    "FactorizedConv1d",
+    "FactorizedConv2d",
+    "FactorizedConv3d",
+    "FactorizedLayer",
+    "FactorizedLinear",
+    "from_config",
+]

@@ -1,0 +1,164 @@
+"""What linear and convolutional factorized layers share."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..formats import Format, Rank, get_format
+from ..plan import PlannedLayer
+
+_LAYERS: dict[str, type[FactorizedLayer]] = {}
+
+
+class FactorizedLayer(PlannedLayer):
+    """A layer with a weight in factors: ``weight`` is the format module, ``bias`` as in torch.nn."""
+
+    kind: ClassVar[str]
+    """"conv" or "linear": which formats can hold the weight."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format of the weight."""
+        return self.weight.name
+
+    @property
+    def rank(self) -> Rank:
+        """Rank or ranks of the weight."""
+        return self.weight.rank
+
+    def reset_parameters(self) -> None:
+        """Random factors for a dense weight of variance ``2 / fan_in``, zero bias."""
+        self.weight.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def macs(self, input_shape: Sequence[int]) -> int:
+        """Multiply-adds of the factor chain for an input of ``input_shape`` (batch included)."""
+        output = self.geometry.output_shape(input_shape, self.weight.shape)
+        return self.weight.macs(self.geometry.positions(input_shape), self.geometry.positions(output))
+
+    def dense_macs(self, input_shape: Sequence[int]) -> int:
+        """Multiply-adds of the dense layer for an input of ``input_shape`` (batch included)."""
+        output = self.geometry.output_shape(input_shape, self.weight.shape)
+        return self.geometry.positions(output) * math.prod(self.weight.shape)
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """The torch.nn layer with the dense weight."""
+
+    @abstractmethod
+    def to_sequential(self) -> nn.Sequential:
+        """The factors as standard torch.nn layers, for exporters that know no others."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON types from which :func:`from_config` builds the layer without its weights."""
+
+    @classmethod
+    @abstractmethod
+    def _from_config(cls, config: Mapping[str, Any], device: torch.device | str | None) -> Self:
+        """The layer of a :meth:`config`, uninitialised."""
+
+    def _make_weight(
+        self,
+        shape: Sequence[int],
+        format: str,
+        rank: Any,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> Format:
+        return get_format(format, self.kind).empty(
+            shape, resolve(rank, shape, format), device=device, dtype=dtype
+        )
+
+    def _take_dense(self, source: nn.Module, weight: Format) -> None:
+        """Put a decomposed weight and the bias and state of the torch.nn layer it came from in place."""
+        dense, bias = source.weight, source.bias
+        assert isinstance(dense, Tensor)
+        self.weight = weight.requires_grad_(dense.requires_grad)
+        if isinstance(bias, Tensor):
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.training = source.training
+
+    def _fill(self, target: nn.Module, weight: Tensor, bias: bool = True) -> nn.Module:
+        """Give a torch.nn layer a weight, this layer's bias, and this layer's state."""
+        trained = any(p.requires_grad for p in self.weight.parameters())
+        target.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=trained)
+        if bias and self.bias is not None:
+            target.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        target.training = self.training
+        return target
+
+
+def resolve(rank: Any, shape: Sequence[int], format: str, weight: Tensor | None = None) -> Rank:
+    """A rank as users may give it, for a weight of ``shape``, as the format takes it.
+
+    Raises:
+        ValueError: a rank rule that looks at the weight where there is none, or a rank out of range.
+    """
+    if isinstance(rank, tuple) and all(type(r) is int for r in rank):
+        return rank
+    if type(rank) is int and format == "svd":
+        return rank
+    from ..ranks import resolve_rank
+
+    if weight is None:
+        if not isinstance(rank, (int, float)):
+            raise ValueError(
+                f"rank must be an int, a tuple or a fraction for a layer without weights, got {rank!r}"
+            )
+        weight = torch.empty(tuple(shape), device="meta")
+    found: Rank = resolve_rank(rank, weight, format)
+    return found
+
+
+LayerClass = TypeVar("LayerClass", bound=type[FactorizedLayer])
+
+
+def register_layer(cls: LayerClass) -> LayerClass:
+    """Class decorator that lets :func:`from_config` build the layer by its class name."""
+    _LAYERS[cls.__name__] = cls
+    return cls
+
+
+def from_config(config: Mapping[str, Any], device: torch.device | str | None = None) -> FactorizedLayer:
+    """An uninitialised layer as ``layer.config()`` described it.
+
+    Raises:
+        ValueError: an unknown layer type, or missing or unfit fields.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"from_config: expected a mapping, got {type(config).__name__}")
+    name = config.get("type")
+    if name not in _LAYERS:
+        raise ValueError(f"from_config: type must be one of {sorted(_LAYERS)}, got {name!r}")
+    try:
+        return _LAYERS[name]._from_config(config, device)
+    except KeyError as error:
+        raise ValueError(f"from_config: {name} needs the field {error}") from error
+    except TypeError as error:
+        raise ValueError(f"from_config: {name}: {error}") from error
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_from_name(name: Any) -> torch.dtype:
+    """The floating dtype of that name.
+
+    Raises:
+        ValueError: any other name.
+    """
+    known = {dtype_name(d): d for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
+    if name not in known:
+        raise ValueError(f"dtype must be one of {sorted(known)}, got {name!r}")
+    return known[name]

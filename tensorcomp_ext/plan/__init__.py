@@ -1,0 +1,40 @@
+"""How a layer is executed here: candidates, cost model, tuner, choices.
+
+A plan is one file with a class under ``@register_plan``; layers know plans only by name.
+"""
+
+from .base import Candidate, Plan, Stage, get_plan, plans_for, register_plan
+from .case import Case
+from .choices import export_choices, import_choices
+from .geometry import ConvGeometry, Geometry, LinearGeometry
+from .layer import PlannedLayer
+
+# Candidates are offered in the order of registration, dense first.
+from .dense import Dense  # isort: skip
+from .staged import Staged  # isort: skip
+from .fused import Fused  # isort: skip
+from .tuner import LayerTuning, Timing, TuneResult, time_interleaved, tune
+
+__all__ = [
+    "Candidate",
+    "Case",
+    "ConvGeometry",
+    "Dense",
+    "Fused",
+    "Geometry",
+    "LayerTuning",
+    "LinearGeometry",
+    "Plan",
+    "PlannedLayer",
+    "Stage",
+    "Staged",
+    "Timing",
+    "TuneResult",
+    "export_choices",
+    "get_plan",
+    "import_choices",
+    "plans_for",
+    "register_plan",
+    "time_interleaved",
+    "tune",
+]

@@ -1,0 +1,84 @@
+"""The kind of call a plan is chosen for."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def memory_layout(x: Tensor) -> str:
+    """ "contiguous", "channels_last" or "strided"."""
+    if x.is_contiguous():
+        return "contiguous"
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return "channels_last" if last is not None and x.is_contiguous(memory_format=last) else "strided"
+
+
+class Case(NamedTuple):
+    """Everything the choice of a plan may depend on beside the layer itself."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """Computing dtype without the "torch." (the autocast dtype under autocast)."""
+    layout: str
+    device: str
+    training: bool
+    """True when gradients will be asked for."""
+    threads: int
+    prefer: str
+    """"latency", or "memory": no dense copy of the weight may be kept."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    def __str__(self) -> str:
+        """The case as one word, the key under which tuned choices are stored; :meth:`parse` reads it."""
+        mode = "training" if self.training else "inference"
+        sizes = "x".join(map(str, self.shape))
+        return f"{sizes}/{self.dtype}/{self.layout}/{self.device}/{mode}/t{self.threads}/{self.prefer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The case a key stands for.
+
+        Raises:
+            ValueError: not such a key.
+        """
+        parts = text.split("/")
+        try:
+            sizes, dtype, layout, device, mode, threads, prefer = parts
+            shape = tuple(int(size) for size in sizes.split("x"))
+            case = cls(
+                shape, dtype, layout, device, mode == "training", int(threads.removeprefix("t")), prefer
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"plan key must read SHAPE/DTYPE/LAYOUT/DEVICE/MODE/tN/PREFER, got {text!r}"
+            ) from error
+        if str(case) != text:
+            raise ValueError(f"plan key must read SHAPE/DTYPE/LAYOUT/DEVICE/MODE/tN/PREFER, got {text!r}")
+        return case
+
+    def distance(self, other: Case, spatial: int) -> float | None:
+        """How far the batch of ``other`` is (log of the ratio); None when anything but the batch differs.
+
+        Args:
+            spatial: spatial dimensions of the layer; for a linear layer (0) all but the last size are batch.
+        """
+        if self[1:] != other[1:]:
+            return None
+        own, their = self.shape, other.shape
+        if spatial:
+            if own[1:] != their[1:]:
+                return None
+            rows, rows_there = own[0], their[0]
+        else:
+            if own[-1:] != their[-1:]:
+                return None
+            rows, rows_there = math.prod(own[:-1]), math.prod(their[:-1])
+        return abs(math.log(max(rows, 1) / max(rows_there, 1)))

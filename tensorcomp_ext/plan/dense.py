@@ -1,0 +1,54 @@
+"""The dense weight and the library's own kernel: the plan that is never slower than the layer it replaced."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import Plan, Stage, register_plan
+from .case import Case
+from .geometry import Bound
+from .layer import PlannedLayer
+
+
+@register_plan("dense")
+class Dense(Plan):
+    """Inference: the dense weight, kept. Training, or ``prefer="memory"``: rebuilt at every call, then used once."""
+
+    def serves(self, layer: PlannedLayer) -> bool:
+        return True
+
+    def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
+        shape = layer.weight.shape
+        output = layer.geometry.output_shape(case.shape, shape)
+        weights, width = math.prod(shape), min(shape[:2])
+        moved = math.prod(case.shape) + weights + math.prod(output)
+        kind = "linear" if len(shape) == 2 else "conv" if math.prod(shape[2:]) > 1 else "pointwise"
+        stages = [Stage(kind, layer.geometry.positions(output) * weights, width, moved)]
+        if case.training or case.prefer == "memory":
+            ranks = layer.weight.rank
+            inner = ranks if isinstance(ranks, int) else min(ranks)
+            stages.append(Stage("linear", layer.weight.rebuild_macs(), inner, layer.weight.numel + weights))
+        return stages
+
+    def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
+        # Outside autocast: a weight rebuilt in bfloat16 would carry the rounding of two products.
+        with torch.autocast(x.device.type, enabled=False):
+            weight = layer.weight.to_dense()
+        return layer.geometry.apply(x, weight, layer.bias)
+
+    def bind(self, layer: PlannedLayer, case: Case) -> Bound:
+        dtype = case.torch_dtype
+        if case.prefer == "memory":
+            apply, weight = layer.geometry.apply, layer.weight
+
+            def rebuild(x: Tensor, bias: Tensor | None) -> Tensor:
+                with torch.autocast(x.device.type, enabled=False):
+                    dense = weight.to_dense().to(dtype)
+                return apply(x, dense, bias)
+
+            return rebuild
+        prepared = layer.prepared("dense", dtype, lambda: (layer.weight.to_dense().to(dtype),))
+        return layer.geometry.bind(prepared[0])

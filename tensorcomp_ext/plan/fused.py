@@ -1,0 +1,79 @@
+"""The package's own kernel: all stages in one pass over the input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..formats import BottleneckConv
+from ..ops import Support, tucker2_conv2d
+from ..ops.tucker2_conv import native_support, pack_tucker2, packed_geometry, resolve_geometry
+from .base import Plan, Stage, register_plan
+from .case import Case
+from .geometry import Bound, ConvGeometry
+from .layer import PlannedLayer
+
+
+@register_plan("fused")
+class Fused(Plan):
+    """Two-dimensional bottleneck convolutions through ``ops.tucker2_conv2d``; inference packs the weights once."""
+
+    def serves(self, layer: PlannedLayer) -> bool:
+        return layer.geometry.spatial == 2 and isinstance(layer.weight.lower(), BottleneckConv)
+
+    def support(self, layer: PlannedLayer, case: Case) -> Support:
+        form, (stride, padding, dilation) = self._parts(layer)
+        # An empty batch carries device, dtype and sizes without memory.
+        probe = form.core.new_empty((0, *case.shape[1:]), dtype=case.torch_dtype)
+        return native_support(
+            probe, form.core, form.point_out, form.point_in, None, stride, padding, dilation
+        )
+
+    @staticmethod
+    def _parts(
+        layer: PlannedLayer,
+    ) -> tuple[BottleneckConv, tuple[tuple[int, ...], tuple[int, ...] | str, tuple[int, ...]]]:
+        form, geometry = layer.weight.lower(), layer.geometry
+        if not isinstance(form, BottleneckConv) or not isinstance(geometry, ConvGeometry):
+            raise TypeError(f"plan 'fused' serves bottleneck convolutions, got {type(layer).__name__}")
+        return form, (geometry.stride, geometry.padding, geometry.dilation)
+
+    def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
+        output = layer.geometry.output_shape(case.shape, layer.weight.shape)
+        macs = layer.weight.macs(layer.geometry.positions(case.shape), layer.geometry.positions(output))
+        moved = math.prod(case.shape) + layer.weight.numel + math.prod(output)
+        return [Stage("fused", macs, min(self._parts(layer)[0].core.shape[:2]), moved)]
+
+    def backward_factor(self) -> float:
+        return 4.0  # the rank-space activations are computed again in backward
+
+    def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
+        form, (stride, padding, dilation) = self._parts(layer)
+        tensors = (x, form.core, form.point_out, form.point_in)
+        bias = layer.bias
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            # An input that an earlier layer left in the autocast dtype meets factors of another.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = (x.to(dtype), form.core.to(dtype), form.point_out.to(dtype), form.point_in.to(dtype))
+            bias = None if bias is None else bias.to(dtype)
+        return tucker2_conv2d(*tensors, bias, stride, padding, dilation)
+
+    def bind(self, layer: PlannedLayer, case: Case) -> Bound:
+        form, (stride, padding, dilation) = self._parts(layer)
+        dtype, core = case.torch_dtype, form.core
+        geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
+        output = geometry.output_size(case.shape[2:], core.shape[2:])
+        if min(output) < 1:
+            raise ValueError(
+                f"the padded input {list(case.shape[2:])} is smaller than the dilated kernel {list(core.shape[2:])}"
+            )
+        (packed,) = layer.prepared(
+            "fused",
+            dtype,
+            lambda: (pack_tucker2(core.to(dtype), form.point_out.to(dtype), form.point_in.to(dtype)),),
+        )
+        numbers = packed_geometry(core.shape, form.point_in.shape[0], form.point_out.shape[0], geometry)
+        op = torch.ops.tensorcomp.tucker2_conv2d_packed.default
+        return lambda x, bias: op(x, packed, bias, numbers)

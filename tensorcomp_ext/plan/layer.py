@@ -1,0 +1,250 @@
+"""The part of a factorized layer that decides how a call is executed, and does it with little overhead."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import Format
+from .base import Candidate, Plan, get_plan, plans_for
+from .case import Case, memory_layout
+from .geometry import Bound, Geometry
+from .state import Prepared
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+_get_num_threads = torch.get_num_threads
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class PlannedLayer(nn.Module, ABC):
+    """A layer whose weight is a format and whose execution is a plan.
+
+    Calls without gradients go through bound functions kept per kind of input, with weights prepared once; a change
+    of the factors is noticed by their version counters. Calls with gradients, under torch.compile, or with tensor
+    subclasses run the plan's functional form and cache nothing.
+    """
+
+    weight: Format
+    bias: nn.Parameter | None
+    geometry: Geometry
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forced: str | None = None
+        self._prefer = "latency"
+        self.tuned: dict[str, dict[str, Any]] = {}
+        """Measured choices: ``{str(case): {"plan": name, "seconds": {name: median}}}``, in JSON types."""
+        self._forget()
+
+    # --- what users set ---------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> str | None:
+        """Name of the plan that every call must use, or None: chosen by measurement or cost model."""
+        return self._forced
+
+    @plan.setter
+    def plan(self, name: str | None) -> None:
+        known = [plan.name for plan in plans_for(self)]
+        if name is not None and name not in known:
+            raise ValueError(f"{type(self).__name__}: plan must be None or one of {known}, got {name!r}")
+        self._forced = name
+        self._forget()
+
+    @property
+    def prefer(self) -> str:
+        """ "latency", or "memory": never keep a dense copy of the weight."""
+        return self._prefer
+
+    @prefer.setter
+    def prefer(self, policy: Literal["latency", "memory"]) -> None:
+        if policy not in ("latency", "memory"):
+            raise ValueError(f"{type(self).__name__}: prefer must be 'latency' or 'memory', got {policy!r}")
+        self._prefer = policy
+        self._forget()
+
+    def plans(self, x: Tensor, *, training: bool | None = None) -> list[Candidate]:
+        """The candidates for an input like ``x``, with predicted and measured seconds, the chosen one marked.
+
+        Args:
+            training: list for calls with gradients; None: as a call now would be.
+        """
+        from .select import candidates
+
+        return candidates(self, self.case(self.as_batch(x), training))
+
+    def clear_cache(self) -> None:
+        """Drop prepared weights; needed only after a write through ``Tensor.data`` between two inference calls."""
+        self._prepared: Prepared | None = None
+        self._chosen: dict[tuple[Any, ...], Plan] = {}
+
+    def choices_changed(self) -> None:
+        """Take notice of a change of ``tuned``."""
+        self._forget()
+
+    # --- the call ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Every microsecond here is paid by every call: one key, one look-up, one check of the factors.
+        if not _is_compiling() and not _is_grad_enabled():
+            prepared = self._prepared
+            if prepared is not None:
+                bound = prepared.bound.get(
+                    (
+                        x.shape,
+                        x.stride(),
+                        x.dtype,
+                        x.device,
+                        _get_num_threads(),
+                        _is_autocast_enabled(prepared.device_type)
+                        and torch.get_autocast_dtype(prepared.device_type),
+                        type(x),
+                    )
+                )
+                if bound is not None and prepared.fresh(self._modules["weight"]._parameters):  # type: ignore[union-attr]
+                    return bound(x, self._parameters["bias"])
+        return self._dispatch(x)
+
+    def _dispatch(self, x: Tensor) -> Tensor:
+        if _is_compiling() or type(x) not in _PLAIN or x.device.type == "meta":
+            return self._traced(x)
+        batched = self.as_batch(x)
+        if batched is not x:
+            return self.forward(batched).squeeze(0)
+        self.check_input(x)
+        training = self._needs_gradients(x)
+        autocast = _is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+        key = (x.shape, x.stride(), x.dtype, x.device, _get_num_threads(), autocast, type(x))
+        if training:
+            return self._choose(x, (*key, True)).run(self, x)
+        prepared = self._renewed()
+        if prepared is None:
+            return self._choose(x, (*key, False)).run(self, x)
+        bound = prepared.bound.get(key)
+        if bound is None:
+            bound = self.executor(self._choose(x, (*key, False)), x)
+            prepared.keep(key, bound)
+        return bound(x, self._parameters["bias"])
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The functional form, for torch.compile, torch.export and tensor subclasses."""
+        batched = self.as_batch(x)
+        plan = get_plan(self._traced_plans[int(_is_grad_enabled())])
+        y = plan.run(self, batched)
+        return y if batched is x else y.squeeze(0)
+
+    def _choose(self, x: Tensor, key: tuple[Any, ...]) -> Plan:
+        plan = self._chosen.get(key)
+        if plan is None:
+            from .select import choose
+
+            plan = choose(self, self.case(x, key[-1]))
+            if len(self._chosen) >= 1024:
+                self._chosen.clear()
+            self._chosen[key] = plan
+        return plan
+
+    def executor(self, plan: Plan, x: Tensor) -> Bound:
+        """The bound inference call of ``plan`` for inputs like ``x``."""
+        case = self.case(x, training=False)
+        bound = plan.bind(self, case)
+        dtype = case.torch_dtype
+        if dtype == x.dtype:
+            return bound
+        return lambda x, bias: bound(x.to(dtype), None if bias is None else bias.to(dtype))
+
+    def case(self, x: Tensor, training: bool | None = None) -> Case:
+        """The kind of call that ``x`` makes."""
+        dtype = x.dtype
+        if _is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return Case(
+            tuple(x.shape),
+            str(dtype).removeprefix("torch."),
+            memory_layout(x),
+            x.device.type,
+            self._needs_gradients(x) if training is None else training,
+            _get_num_threads(),
+            self._prefer,
+        )
+
+    def prepared(
+        self, plan: str, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Weights of a plan, made once for each state of the factors (each time where states cannot be told apart)."""
+        state = self._renewed()
+        if state is None:
+            with torch.no_grad():
+                return make()
+        return state.prepare(plan, dtype, make)
+
+    # --- for subclasses ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_input(self, x: Tensor) -> None:
+        """Raise ``ValueError`` or ``TypeError`` naming what was expected of ``x``."""
+
+    def as_batch(self, x: Tensor) -> Tensor:
+        """``x`` with a batch dimension."""
+        return x
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def _needs_gradients(self, x: Tensor) -> bool:
+        if not _is_grad_enabled():
+            return False
+        return x.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _renewed(self) -> Prepared | None:
+        """The prepared state of the factors as they are now; None where a change could not be noticed."""
+        weight = self.weight
+        state = self._prepared
+        if state is not None and state.fresh(weight._parameters):
+            return state
+        self.clear_cache()
+        factors = {name: weight._parameters.get(name) for name in weight.factor_names}
+        plain = {n: f for n, f in factors.items() if type(f) in _PLAIN and not f.is_inference()}  # type: ignore[union-attr]
+        if len(plain) < len(factors):
+            return (
+                None  # parametrized or pruned factors are computed anew; inference tensors count no versions
+            )
+        self._prepared = state = Prepared(plain)  # type: ignore[arg-type]
+        return state
+
+    def _forget(self) -> None:
+        """Drop everything derived from factors, tuned choices and settings."""
+        self.clear_cache()
+        self._traced_plans: tuple[str, str] | None = None
+        if "weight" in self._modules:
+            from .select import traced_plan
+
+            self._traced_plans = traced_plan(self, training=False), traced_plan(self, training=True)
+
+    def train(self, mode: bool = True) -> PlannedLayer:
+        self.clear_cache()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PlannedLayer:
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None, "_chosen": {}}
+
+    def _replicate_for_data_parallel(self) -> PlannedLayer:
+        replica = super()._replicate_for_data_parallel()
+        replica.clear_cache()
+        return replica

@@ -1,0 +1,127 @@
+"""Which plan runs a case: what was forced, else what was measured, else what the cost model says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..ops import Support
+from .base import Candidate, Plan, get_plan, plans_for
+from .case import Case
+from .cost import predict
+
+if TYPE_CHECKING:
+    from .layer import PlannedLayer
+
+
+def tuned_entry(layer: PlannedLayer, case: Case) -> tuple[str, bool] | None:
+    """The tuned plan for a case and whether it was measured for exactly this case.
+
+    A batch that was never tuned takes the choice of the nearest tuned batch of the same sizes.
+    """
+    exact = layer.tuned.get(str(case))
+    if exact is not None:
+        return exact["plan"], True
+    nearest: tuple[float, str] | None = None
+    for text, entry in layer.tuned.items():
+        distance = case.distance(Case.parse(text), layer.geometry.spatial)
+        if distance is not None and (nearest is None or distance < nearest[0]):
+            nearest = distance, entry["plan"]
+    return None if nearest is None else (nearest[1], False)
+
+
+def choose(layer: PlannedLayer, case: Case) -> Plan:
+    """The plan a call runs.
+
+    Raises:
+        ValueError: the forced plan cannot serve this case, with the reason.
+    """
+    if layer.plan is not None:
+        plan = get_plan(layer.plan)
+        support = plan.support(layer, case)
+        if not support.ok:
+            raise ValueError(f"{type(layer).__name__}: plan {plan.name!r} cannot serve: {support.reason}")
+        return plan
+    able = [plan for plan in plans_for(layer) if plan.support(layer, case).ok]
+    tuned = tuned_entry(layer, case)
+    if tuned is not None:
+        for plan in able:
+            if plan.name == tuned[0]:
+                return plan
+    return min(able, key=lambda plan: predict(plan, layer, case))
+
+
+def candidates(layer: PlannedLayer, case: Case) -> list[Candidate]:
+    """Every candidate for a case, fastest known first."""
+    plans = plans_for(layer)
+    supports = {plan.name: plan.support(layer, case) for plan in plans}
+    forced = layer.plan
+    chosen = forced if forced is not None and not supports[forced].ok else choose(layer, case).name
+    tuned = tuned_entry(layer, case)
+    medians: dict[str, float] = layer.tuned.get(str(case), {}).get("seconds", {})
+    predicted = {plan.name: predict(plan, layer, case) for plan in plans}
+    size = torch.empty((), dtype=case.torch_dtype).element_size()
+    found = []
+    for plan in plans:
+        stages = plan.stages(layer, case)
+        name = plan.name
+        found.append(
+            Candidate(
+                name=name,
+                macs=sum(stage.macs for stage in stages),
+                bytes=size * sum(stage.elements for stage in stages),
+                predicted=predicted[name],
+                measured=medians.get(name),
+                available=supports[name],
+                chosen=name == chosen,
+                reason=_reason(name, chosen, forced, tuned, supports[name], medians, predicted),
+            )
+        )
+    return sorted(found, key=lambda c: (not c.chosen, not c.available.ok, c.measured or c.predicted))
+
+
+def _reason(
+    name: str,
+    chosen: str,
+    forced: str | None,
+    tuned: tuple[str, bool] | None,
+    support: Support,
+    medians: dict[str, float],
+    predicted: dict[str, float],
+) -> str:
+    if not support.ok:
+        return support.reason
+    if forced is not None:
+        return "set by the user" if name == chosen else f"the user set plan = {chosen!r}"
+    if name in medians and chosen in medians:
+        if name == chosen:
+            return "measured fastest"
+        return f"measured {medians[name] / medians[chosen]:.2f}x the time of {chosen}"
+    if tuned is not None and tuned[0] == chosen:
+        return "tuned at another batch" if name == chosen else f"{chosen} was tuned at another batch"
+    if name == chosen:
+        return "predicted fastest"
+    return f"predicted {predicted[name] / predicted[chosen]:.2f}x the time of {chosen}"
+
+
+def traced_plan(layer: PlannedLayer, training: bool) -> str:
+    """The plan torch.compile and torch.export trace: one for all shapes, so that a graph may be dynamic."""
+    if layer.plan is not None:
+        return layer.plan
+    plans = plans_for(layer)
+    names = [plan.name for plan in plans]
+    tuned = Counter(e["plan"] for key, e in layer.tuned.items() if Case.parse(key).training == training)
+    for name, _ in tuned.most_common():
+        if name in names:
+            return name
+    weight = layer.weight
+    if weight.macs(1, 1) >= weight.dense_macs(1):
+        return "dense"
+    sizes = (0, weight.shape[1], *(1,) * layer.geometry.spatial)
+    dtype = str(weight.factors[0].dtype).removeprefix("torch.")
+    case = Case(sizes, dtype, "contiguous", weight.factors[0].device.type, training, 1, layer.prefer)
+    if "fused" in names and get_plan("fused").support(layer, case).ok:
+        return "fused"
+    return "staged"

@@ -1,0 +1,59 @@
+"""Weights prepared for inference, and how a layer knows that they are stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .geometry import Bound
+
+_BOUND_LIMIT = 256
+
+
+class Prepared:
+    """Prepared weights and bound calls for one state of a layer's factors.
+
+    A state is told by each factor's identity, version counter and data pointer. The pointers cannot be reused by
+    other memory while the state lives, because ``aliases`` keeps the storages. Writes through ``Tensor.data`` move
+    no version counter and stay unseen until ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
+    """
+
+    __slots__ = ("aliases", "bound", "device_type", "snapshot", "weights")
+
+    def __init__(self, factors: Mapping[str, Tensor]) -> None:
+        self.snapshot = tuple((n, f, f._version, f.data_ptr()) for n, f in factors.items())
+        self.aliases = tuple(f.detach() for f in factors.values())
+        self.device_type = next(iter(factors.values())).device.type if factors else "cpu"
+        self.bound: dict[tuple[Any, ...], Bound] = {}
+        self.weights: dict[tuple[str, torch.dtype], tuple[Tensor, ...]] = {}
+
+    def fresh(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        """Whether the factors among ``parameters`` are still those this state was made from."""
+        for name, factor, version, pointer in self.snapshot:
+            if (
+                parameters.get(name) is not factor
+                or factor._version != version
+                or factor.data_ptr() != pointer
+            ):
+                return False
+        return True
+
+    def keep(self, key: tuple[Any, ...], bound: Bound) -> None:
+        """Remember a bound call; shapes that never come back must not grow the table for ever."""
+        if len(self.bound) >= _BOUND_LIMIT:
+            self.bound.clear()
+        self.bound[key] = bound
+
+    def prepare(
+        self, plan: str, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """The plan's weights in ``dtype``, made on first use."""
+        found = self.weights.get((plan, dtype))
+        if found is None:
+            # Normal tensors whatever the caller's mode: an inference tensor could not meet autograd later.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self.weights[plan, dtype] = make()
+        return found
