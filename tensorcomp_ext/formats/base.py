@@ -52,7 +52,7 @@ class Format(nn.Module, ABC):
 
     @abstractmethod
     def macs(self, in_positions: int, out_positions: int) -> int:
-        """Multiply-adds of the factor chain for so many input and output positions (batch times pixels, or rows)."""
+        """Multiply-adds of the factors for so many positions (batch times pixels, or rows) in and out."""
 
     @abstractmethod
     def rebuild_macs(self) -> int:
@@ -123,7 +123,7 @@ class Format(nn.Module, ABC):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """Random factors whose dense weight has entries of the given variance; see :meth:`reset_parameters`."""
+        """Random factors, the dense weight's entries of the given variance; see :meth:`reset_parameters`."""
         made = cls.empty(shape, rank, device=device, dtype=dtype)
         made.reset_parameters(variance, generator=generator)
         return made
@@ -134,8 +134,8 @@ class Format(nn.Module, ABC):
     ) -> None:
         """Draw every factor from a normal distribution of variance ``c^2 = (v / prod R)^(1/N)``.
 
-        N is the number of factors and the product runs over the summed ranks, so that an entry of the dense weight
-        (a sum of ``prod R`` products of N entries) has variance ``v``.
+        N is the number of factors and the product runs over the summed ranks, so that an entry of the dense
+        weight (a sum of ``prod R`` products of N entries) has variance ``v``.
 
         Args:
             variance: ``v``; ``2 / fan_in`` when None (He et al. 2015).

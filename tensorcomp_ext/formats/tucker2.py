@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from .forms import BottleneckConv
 
 @register_format("tucker2")
 class Tucker2(Format):
-    """``W[t,s,k] = sum_ab factor_out[t,b] core[b,a,k] factor_in[s,a]`` with one, two or three spatial modes k.
+    """``W[t,s,k] = sum_ab factor_out[t,b] core[b,a,k] factor_in[s,a]`` with one to three spatial modes k.
 
     Ranks are ``(R_out, R_in)``. Stored weights: ``S R_in + R_in R_out prod(k) + R_out T``.
 
@@ -60,9 +60,9 @@ class Tucker2(Format):
         return self.core.shape[0], self.core.shape[1]
 
     def to_dense(self) -> Tensor:
-        """The kernel ``[T, S, *k]``; cost ``prod(k) S R_out (R_in + T)`` or ``prod(k) T R_in (R_out + S)`` MACs."""
+        """The kernel ``[T, S, *k]`` in ``K min(S R_out (R_in + T), T R_in (R_out + S))`` MACs."""
         core, factor_out, factor_in = self.core, self.factor_out, self.factor_in
-        rank_out, rank_in = core.shape[:2]
+        rank_in = core.shape[1]
         if self._output_first():
             half = (factor_out @ core.flatten(1)).unflatten(1, (rank_in, -1))  # [T, R_in, K]
             dense = factor_in @ half  # [T, S, K]
@@ -111,7 +111,7 @@ class Tucker2(Format):
         return (rank_out, rank_in, *shape[2:]), (shape[0], rank_out), (shape[1], rank_in)
 
     @classmethod
-    def from_dense(cls, weight: Tensor, rank: Rank, *, method: str = "hooi") -> Self:
+    def from_dense(cls, weight: Tensor, rank: Rank, *, method: Literal["hooi", "hosvd"] = "hooi") -> Self:
         """Decompose a kernel ``[T, S, *k]`` by HOOI (or ``method="hosvd"``) in its two channel modes."""
         rank_out, rank_in = cls.check_rank(weight.shape, rank)
         found = tucker2(weight.detach(), rank_out, rank_in, method=method)

@@ -88,8 +88,8 @@ class _FactorizedConv(FactorizedLayer):
         Args:
             conv: the torch.nn layer of the same number of dimensions, ungrouped, zero-padded.
             format: name of a format for convolutions.
-            rank: int, tuple (tucker2: ``(R_out, R_in)``), float in (0, 1] (fraction of the dense parameters) or a
-                rule of ``tensorcomp_ext.ranks``.
+            rank: int, tuple (tucker2: ``(R_out, R_in)``), float in (0, 1] (fraction of the dense parameters)
+                or a rule of ``tensorcomp_ext.ranks``.
             options: passed to the format's ``from_dense``.
 
         Raises:
@@ -151,11 +151,11 @@ class _FactorizedConv(FactorizedLayer):
         return self._fill(dense, self.weight.to_dense())
 
     def to_sequential(self) -> nn.Sequential:
-        """Pointwise S -> R_in, spatial R_in -> R_out with this stride, padding and dilation, pointwise R_out -> T."""
+        """Pointwise S -> R_in, spatial R_in -> R_out with this layer's geometry, pointwise R_out -> T."""
         form = self.weight.lower()
         assert isinstance(form, BottleneckConv)
         ones = (1,) * self.spatial
-        first = self._torch_conv(*form.point_in.shape, False, False)
+        first = self._torch_conv(form.point_in.shape[0], form.point_in.shape[1], False, False)
         core = self._torch_conv(form.core.shape[1], form.core.shape[0], True, False)
         last = self._torch_conv(
             form.point_out.shape[1], form.point_out.shape[0], False, self.bias is not None
@@ -169,11 +169,10 @@ class _FactorizedConv(FactorizedLayer):
         return sequence
 
     def _torch_conv(self, c_in: int, c_out: int, spatial: bool, bias: bool) -> nn.Module:
-        options: dict[str, Any] = {"bias": bias, "device": "meta"}
         if not spatial:
-            return self.dense_class(c_in, c_out, 1, **options)
-        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return self.dense_class(c_in, c_out, *sizes, **options)
+            return self.dense_class(c_in, c_out, 1, bias=bias, device="meta")
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return self.dense_class(c_in, c_out, *geometry, bias=bias, device="meta")
 
     def config(self) -> dict[str, Any]:
         return {
@@ -231,7 +230,10 @@ def _check_match(name: str, x: Tensor, factor: Tensor) -> None:
 
 @register_layer
 class FactorizedConv1d(_FactorizedConv):
-    """:class:`torch.nn.Conv1d` with a factorized weight; input ``[N, C_in, L]``. See :class:`FactorizedConv2d`."""
+    """:class:`torch.nn.Conv1d` with a factorized weight; input ``[N, C_in, L]``.
+
+    See :class:`FactorizedConv2d`.
+    """
 
     spatial: ClassVar[int] = 1
     dense_class: ClassVar[type[nn.Module]] = nn.Conv1d
@@ -241,14 +243,16 @@ class FactorizedConv1d(_FactorizedConv):
 class FactorizedConv2d(_FactorizedConv):
     """:class:`torch.nn.Conv2d` with a factorized weight; input ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
 
-    ``y = conv2d(x, W, bias)`` with ``W`` the dense weight of the factors, computed by the plan that is fastest here.
+    ``y = conv2d(x, W, bias)`` with ``W`` the dense weight of the factors, computed by the plan that is
+    fastest here.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in torch.nn.
         groups: 1.
         padding_mode: "zeros".
         format: name of a format for convolutions.
-        rank: int, tuple (tucker2: ``(R_out, R_in)``) or float in (0, 1], the fraction of the dense parameters.
+        rank: int, tuple (tucker2: ``(R_out, R_in)``) or float in (0, 1], the fraction of the dense
+            parameters.
 
     Cost: with Tucker-2 ``N (H W S R_in + H' W' (kH kW R_in R_out + R_out T))`` MACs.
 
@@ -262,7 +266,10 @@ class FactorizedConv2d(_FactorizedConv):
 
 @register_layer
 class FactorizedConv3d(_FactorizedConv):
-    """:class:`torch.nn.Conv3d` with a factorized weight; input ``[N, C_in, D, H, W]``. See :class:`FactorizedConv2d`."""
+    """:class:`torch.nn.Conv3d` with a factorized weight; input ``[N, C_in, D, H, W]``.
+
+    See :class:`FactorizedConv2d`.
+    """
 
     spatial: ClassVar[int] = 3
     dense_class: ClassVar[type[nn.Module]] = nn.Conv3d

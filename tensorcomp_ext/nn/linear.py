@@ -19,7 +19,8 @@ from .conv import _check_match
 class FactorizedLinear(FactorizedLayer):
     """:class:`torch.nn.Linear` with a factorized weight; input ``[..., in_features]``.
 
-    ``y = x W^T + bias`` with ``W`` the dense weight of the factors, computed by the plan that is fastest here.
+    ``y = x W^T + bias`` with ``W`` the dense weight of the factors, computed by the plan that is fastest
+    here.
 
     Args:
         in_features, out_features, bias: as in torch.nn.
@@ -60,10 +61,13 @@ class FactorizedLinear(FactorizedLayer):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, format: str = "svd", rank: Any = None, **options: Any) -> Self:
-        """Decompose a :class:`torch.nn.Linear`. Bias, dtype, device, training flag and requires_grad are kept.
+        """Decompose a :class:`torch.nn.Linear`.
+
+        Bias, dtype, device, training flag and requires_grad are kept.
 
         Args:
-            rank: int, float in (0, 1] (fraction of the dense parameters) or a rule of ``tensorcomp_ext.ranks``.
+            rank: int, float in (0, 1] (fraction of the dense parameters) or a rule of
+                ``tensorcomp_ext.ranks``.
             options: passed to the format's ``from_dense``.
 
         Raises:

@@ -44,8 +44,8 @@ def export_choices(model: nn.Module) -> dict[str, Any]:
 def import_choices(model: nn.Module, choices: Mapping[str, Any], *, any_machine: bool = False) -> int:
     """Give the layers of ``model`` the choices of :func:`export_choices`.
 
-    Everything is checked before anything is changed. Measurements made on other hardware or under another torch are
-    left out (the cost model decides there), unless ``any_machine``.
+    Everything is checked before anything is changed. Measurements made on other hardware or under another
+    torch are left out (the cost model decides there), unless ``any_machine``.
 
     Returns:
         How many tuned choices were taken.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def predict(plan: Plan, layer: PlannedLayer, case: Case) -> float:
-    """Seconds of one call: ``sum over passes of overhead + max(MACs / rate(kind, width), bytes / bandwidth)``.
+    """Seconds of one call: the sum over passes of ``overhead + max(MACs / rate, bytes / bandwidth)``.
 
     Training counts forward and backward.
     """

@@ -15,7 +15,7 @@ from .layer import PlannedLayer
 
 @register_plan("dense")
 class Dense(Plan):
-    """Inference: the dense weight, kept. Training, or ``prefer="memory"``: rebuilt at every call, then used once."""
+    """Inference: the dense weight, kept. Training, or ``prefer="memory"``: rebuilt at every call."""
 
     def serves(self, layer: PlannedLayer) -> bool:
         return True

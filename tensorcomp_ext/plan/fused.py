@@ -18,7 +18,7 @@ from .layer import PlannedLayer
 
 @register_plan("fused")
 class Fused(Plan):
-    """Two-dimensional bottleneck convolutions through ``ops.tucker2_conv2d``; inference packs the weights once."""
+    """Two-dimensional bottleneck convolutions by ``ops.tucker2_conv2d``; inference packs weights once."""
 
     def serves(self, layer: PlannedLayer) -> bool:
         return layer.geometry.spatial == 2 and isinstance(layer.weight.lower(), BottleneckConv)
@@ -52,7 +52,7 @@ class Fused(Plan):
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
         form, (stride, padding, dilation) = self._parts(layer)
         tensors = (x, form.core, form.point_out, form.point_in)
-        bias = layer.bias
+        bias: Tensor | None = layer.bias
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             # An input that an earlier layer left in the autocast dtype meets factors of another.
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -64,11 +64,6 @@ class Fused(Plan):
         form, (stride, padding, dilation) = self._parts(layer)
         dtype, core = case.torch_dtype, form.core
         geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
-        output = geometry.output_size(case.shape[2:], core.shape[2:])
-        if min(output) < 1:
-            raise ValueError(
-                f"the padded input {list(case.shape[2:])} is smaller than the dilated kernel {list(core.shape[2:])}"
-            )
         (packed,) = layer.prepared(
             "fused",
             dtype,

@@ -25,9 +25,9 @@ _PLAIN = (Tensor, nn.Parameter)
 class PlannedLayer(nn.Module, ABC):
     """A layer whose weight is a format and whose execution is a plan.
 
-    Calls without gradients go through bound functions kept per kind of input, with weights prepared once; a change
-    of the factors is noticed by their version counters. Calls with gradients, under torch.compile, or with tensor
-    subclasses run the plan's functional form and cache nothing.
+    Calls without gradients go through bound functions kept per kind of input, with weights prepared once; a
+    change of the factors is noticed by their version counters. Calls with gradients, under torch.compile, or
+    with tensor subclasses run the plan's functional form and cache nothing.
     """
 
     weight: Format
@@ -42,7 +42,7 @@ class PlannedLayer(nn.Module, ABC):
         """Measured choices: ``{str(case): {"plan": name, "seconds": {name: median}}}``, in JSON types."""
         self._forget()
 
-    # --- what users set ---------------------------------------------------------------------------------------------
+    # --- what users set ------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> str | None:
@@ -80,7 +80,7 @@ class PlannedLayer(nn.Module, ABC):
         return candidates(self, self.case(self.as_batch(x), training))
 
     def clear_cache(self) -> None:
-        """Drop prepared weights; needed only after a write through ``Tensor.data`` between two inference calls."""
+        """Drop prepared weights; needed after a write through ``Tensor.data`` between inference calls."""
         self._prepared: Prepared | None = None
         self._chosen: dict[tuple[Any, ...], Plan] = {}
 
@@ -88,7 +88,7 @@ class PlannedLayer(nn.Module, ABC):
         """Take notice of a change of ``tuned``."""
         self._forget()
 
-    # --- the call ---------------------------------------------------------------------------------------------------
+    # --- the call ------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         # Every microsecond here is paid by every call: one key, one look-up, one check of the factors.
@@ -177,14 +177,14 @@ class PlannedLayer(nn.Module, ABC):
     def prepared(
         self, plan: str, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """Weights of a plan, made once for each state of the factors (each time where states cannot be told apart)."""
+        """Weights of a plan, made once a state of the factors (at every call where states look alike)."""
         state = self._renewed()
         if state is None:
             with torch.no_grad():
                 return make()
         return state.prepare(plan, dtype, make)
 
-    # --- for subclasses ---------------------------------------------------------------------------------------------
+    # --- for subclasses ------------------------------------------------------------------------------------
 
     @abstractmethod
     def check_input(self, x: Tensor) -> None:
@@ -194,7 +194,7 @@ class PlannedLayer(nn.Module, ABC):
         """``x`` with a batch dimension."""
         return x
 
-    # --- state ------------------------------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------------
 
     def _needs_gradients(self, x: Tensor) -> bool:
         if not _is_grad_enabled():
@@ -220,7 +220,7 @@ class PlannedLayer(nn.Module, ABC):
     def _forget(self) -> None:
         """Drop everything derived from factors, tuned choices and settings."""
         self.clear_cache()
-        self._traced_plans: tuple[str, str] | None = None
+        self._traced_plans: tuple[str, ...] = ()
         if "weight" in self._modules:
             from .select import traced_plan
 

@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _FILE = "rates.json"
 
 @dataclass(frozen=True)
 class Rates:
-    """Multiply-adds a second by kind of work and width, bytes a second, and seconds a call costs whatever its size."""
+    """Multiply-adds a second by kind of work and width, bytes a second, and seconds every call costs."""
 
     macs: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     bandwidth: float = 1e10
@@ -75,7 +76,7 @@ def _seconds(call: Callable[[], object], synchronise: Callable[[], None]) -> flo
 
 
 def measure(dtype: torch.dtype, device: str) -> Rates:
-    """Measure convolution, pointwise, matrix and fused speeds, copy bandwidth and call overhead, in about 0.3 s."""
+    """Measure convolution, pointwise, matrix and fused speeds, bandwidth and call overhead in 0.3 s."""
     options: dict[str, Any] = {"dtype": dtype, "device": device}
 
     def synchronise() -> None:
@@ -85,33 +86,26 @@ def measure(dtype: torch.dtype, device: str) -> Rates:
     macs: dict[str, dict[int, float]] = {"conv": {}, "pointwise": {}, "linear": {}, "fused": {}}
     with torch.inference_mode():
         tiny = (torch.ones(1, 8, 4, 4, **options), torch.ones(8, 8, 3, 3, **options))
-        overhead = _seconds(lambda: F.conv2d(*tiny), synchronise)
+        overhead = _seconds(partial(F.conv2d, *tiny), synchronise)
         big, target = torch.ones(1 << 22, **options), torch.empty(1 << 22, **options)
         bandwidth = 2 * big.numel() * big.element_size() / _seconds(lambda: target.copy_(big), synchronise)
         for width in _WIDTHS:
             x = torch.ones(1, width, 28, 28, **options)
-            kernel, point = (
-                torch.ones(width, width, 3, 3, **options),
-                torch.ones(width, width, 1, 1, **options),
-            )
+            kernel = torch.ones(width, width, 3, 3, **options)
+            point = torch.ones(width, width, 1, 1, **options)
             rows, matrix = torch.ones(256, width, **options), torch.ones(width, width, **options)
             calls: dict[str, tuple[int, Callable[[], object]]] = {
-                "conv": (26 * 26 * kernel.numel(), lambda x=x, w=kernel: F.conv2d(x, w)),
-                "pointwise": (28 * 28 * point.numel(), lambda x=x, w=point: F.conv2d(x, w)),
-                "linear": (256 * matrix.numel(), lambda x=rows, w=matrix: F.linear(x, w)),
+                "conv": (26 * 26 * kernel.numel(), partial(F.conv2d, x, kernel)),
+                "pointwise": (28 * 28 * point.numel(), partial(F.conv2d, x, point)),
+                "linear": (256 * matrix.numel(), partial(F.linear, rows, matrix)),
             }
-            core, outer = kernel, torch.ones(2 * width, width, **options)
+            outer = torch.ones(2 * width, width, **options)
             wide = torch.ones(1, 2 * width, 28, 28, **options).contiguous(memory_format=torch.channels_last)
-            if native_support(wide, core, outer, outer):
-                work = 28 * 28 * (core.numel() + 2 * outer.numel())
-                packed = pack_tucker2(core, outer, outer)
-                shape = tuple(core.shape)
-                calls["fused"] = (
-                    work,
-                    lambda x=wide, p=packed, s=shape: tucker2_conv2d_packed(
-                        x, p, s, x.shape[1], None, 1, 1, 1
-                    ),
-                )
+            if native_support(wide, kernel, outer, outer):
+                packed = pack_tucker2(kernel, outer, outer)
+                arguments = (wide, packed, tuple(kernel.shape), 2 * width, None, 1, 1, 1)
+                work = 28 * 28 * (kernel.numel() + 2 * outer.numel())
+                calls["fused"] = (work, partial(tucker2_conv2d_packed, *arguments))
             for kind, (work, call) in calls.items():
                 spent = max(_seconds(call, synchronise) - overhead, 1e-7)
                 macs[kind][width] = work / spent

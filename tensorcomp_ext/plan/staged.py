@@ -15,7 +15,7 @@ from .layer import PlannedLayer
 
 @register_plan("staged")
 class Staged(Plan):
-    """Three library convolutions for a bottleneck convolution, two matrix products for a two-factor weight."""
+    """Three library convolutions for a bottleneck convolution, two products for a two-factor weight."""
 
     def serves(self, layer: PlannedLayer) -> bool:
         return True

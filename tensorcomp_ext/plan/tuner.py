@@ -79,18 +79,19 @@ def tune(
 ) -> TuneResult:
     """Measure the candidate plans of every factorized layer of ``model`` and keep the fastest for each.
 
-    The model runs once on each example to learn the shapes its layers see; then each layer's candidates are timed
-    alone, interleaved, after a warm-up, and the lowest median wins. The dense layer is always among them, so no
-    layer ends up slower than what it replaced. Layers of equal geometry and rank share one measurement. An interrupt
-    (Ctrl-C) keeps the choices made so far.
+    The model runs once on each example to learn the shapes its layers see; then each layer's candidates are
+    timed alone, interleaved, after a warm-up, and the lowest median wins. The dense layer is always among
+    them, so no layer ends up slower than what it replaced. Layers of equal geometry and rank share one
+    measurement. An interrupt (Ctrl-C) keeps the choices made so far.
 
     Args:
         model: a model with factorized layers, or such a layer.
-        example_inputs: a tensor; a tuple of positional or a dict of keyword arguments; or a list of these, one for
-            each batch size to tune for.
+        example_inputs: a tensor; a tuple of positional or a dict of keyword arguments; or a list of these,
+            one for each batch size to tune for.
         training: tune forward and backward instead of inference.
         progress: called as ``progress(done, total, layer name)``.
-        min_seconds: time spent on each candidate of each kind of layer, less where the whole would take over 25 s.
+        min_seconds: time spent on each candidate of each kind of layer, less where the whole would take over
+            25 s.
 
     Raises:
         ValueError: the model has no factorized layer, or the examples reach none.
@@ -112,9 +113,9 @@ def tune(
             if not timings:
                 continue
             choice = min(timings, key=lambda name: timings[name].median)
-            entry = {"plan": choice, "seconds": {name: t.median for name, t in timings.items()}}
+            medians = {name: t.median for name, t in timings.items()}
             for name in members:
-                layers[name].tuned[str(sample.case)] = {**entry, "seconds": dict(entry["seconds"])}  # type: ignore[call-overload]
+                layers[name].tuned[str(sample.case)] = {"plan": choice, "seconds": dict(medians)}
                 layers[name].choices_changed()
                 result.layers.append(LayerTuning(name, str(sample.case), choice, timings, unavailable))
         if progress is not None:
