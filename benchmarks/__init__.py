@@ -1,0 +1,1 @@
+"""Benchmarks of the repository; the measuring core is ``tensorcomp_ext.bench``."""

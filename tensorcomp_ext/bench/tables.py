@@ -1,0 +1,172 @@
+"""Results as text: a line a row while it runs, and the tables of the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Table = tuple[list[str], list[list[str]]]
+"""Head and body."""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def time_us(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """One measured row on one line."""
+    case = row["case"]
+    head = f"{case['dtype']} {case['layout']} {row['direction']} t{row['threads']} {row['label']}"
+    if row["error"]:
+        return f"{head}: FAILED {row['error']}"
+    ours = next(c for c in row["candidates"] if c["name"] == "ours layer")
+    parts = [f"ours {time_us(ours['median_us'])} us ({time_us(ours['p10_us'])}–{time_us(ours['p90_us'])})"]
+    for key, ratio in (("best_stages", "over_stages"), ("best_dense", None)):
+        if row[key]:
+            found = next(c for c in row["candidates"] if c["name"] == row[key])
+            gain = f" {number(row[ratio])}x" if ratio else ""
+            parts.append(f"{row[key]} {time_us(found['median_us'])} us{gain}")
+    roof = row["roofline"]
+    parts.append(f"roofline {time_us(roof['time_us'])} us ({roof['bound']}) {number(row['roofline_share'])}")
+    if row["saved"] is not None:
+        parts.append(f"saved/MACs {number(row['saved'])}")
+    if "memory" in row:
+        parts.append(f"memory {number(row['memory']['ratio'])}x")
+    wrong = [c["name"] for c in row["candidates"] if c["error"]]
+    if wrong:
+        parts.append(f"left out: {', '.join(wrong)}")
+    return f"{head}: " + "; ".join(parts)
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """Geometric means with the least value in brackets, a line for each group."""
+    head = ["dtype", "direction", "threads", "layout", "cases", "over best library stages"]
+    head += ["over best library way", "share of roofline", "time saved / MACs saved", "memory, worst"]
+    body = []
+    for group in results["summary"]["groups"]:
+        failed = f" ({len(group['failed'])} failed)" if group["failed"] else ""
+        cells = [group["dtype"], group["direction"], str(group["threads"]), group["layout"]]
+        cells.append(f"{group['cases']}{failed}")
+        cells += [_spread(group[name]) for name in ("over_stages", "over_any", "roofline_share", "saved")]
+        memory = group.get("memory")
+        cells.append(f"{number(memory['max'])}x" if memory else "–")
+        body.append(cells)
+    return head, body
+
+
+def _spread(value: dict[str, Any] | None) -> str:
+    return (
+        "–"
+        if value is None
+        else f"{number(value['geomean'])} (least {number(value['min'])}: {value['min_case']})"
+    )
+
+
+def bfloat16_table(results: dict[str, Any]) -> Table:
+    """Our float32 time over our bfloat16 time."""
+    rows = results["summary"]["bfloat16"]
+    body = [[r["direction"], str(r["threads"]), _spread(r["over_float32"])] for r in rows]
+    return ["direction", "threads", "bfloat16 over our float32"], body
+
+
+def overhead_table(results: dict[str, Any]) -> Table:
+    """A layer call on a tiny input."""
+    body = [
+        [
+            r["mode"],
+            str(r["threads"]),
+            number(r["ours_us"]),
+            number(r["conv2d_us"]),
+            f"{r['difference_us']:+.2f}",
+        ]
+        for r in results.get("overhead", [])
+    ]
+    return ["mode", "threads", "ours, us", "nn.Conv2d, us", "difference, us"], body
+
+
+def rows_table(results: dict[str, Any], dtype: str, direction: str, threads: int, layout: str) -> Table:
+    """Every case of one group."""
+    head = [
+        "case",
+        "ours us (p10–p90)",
+        "best library stages",
+        "us",
+        "ratio",
+        "best dense us",
+        "roofline",
+        "share",
+    ]
+    body = []
+    for row in results["rows"]:
+        case = row["case"]
+        if (case["dtype"], row["direction"], row["threads"], case["layout"]) != (
+            dtype,
+            direction,
+            threads,
+            layout,
+        ):
+            continue
+        if row["error"]:
+            body.append([row["label"], f"failed: {row['error']}", *["–"] * (len(head) - 2)])
+            continue
+        by_name = {c["name"]: c for c in row["candidates"]}
+        ours = by_name["ours layer"]
+        stages, dense = by_name.get(row["best_stages"]), by_name.get(row["best_dense"])
+        body.append(
+            [
+                row["label"],
+                f"{time_us(ours['median_us'])} ({time_us(ours['p10_us'])}–{time_us(ours['p90_us'])})",
+                row["best_stages"] or "–",
+                time_us(stages["median_us"]) if stages else "–",
+                number(row["over_stages"]),
+                time_us(dense["median_us"]) if dense else "–",
+                f"{time_us(row['roofline']['time_us'])} us, {row['roofline']['bound']}",
+                number(row["roofline_share"]),
+            ]
+        )
+    return head, body
+
+
+def compare_table(changes: dict[str, Any]) -> Table:
+    """What changed between two runs."""
+    head = [
+        "dtype",
+        "direction",
+        "threads",
+        "layout",
+        "case",
+        "before us",
+        "now us",
+        "faster by",
+        "stages meanwhile",
+    ]
+    body = [
+        [
+            r["dtype"],
+            r["direction"],
+            str(r["threads"]),
+            r["layout"],
+            r["label"],
+            time_us(r["old_us"]),
+            time_us(r["new_us"]),
+            f"{number(r['speedup'])}x",
+            f"{number(r['stages_speedup'])}x",
+        ]
+        for r in changes["rows"]
+    ]
+    return head, body
+
+
+def markdown(table: Table) -> str:
+    """A table as GitHub markdown."""
+    head, body = table
+    lines = [_line(head), _line(["---"] * len(head)), *(_line(cells) for cells in body)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,141 @@
+"""``tensorcomp bench``: latency against the strongest library alternatives, on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table as RichTable
+
+from tensorcomp_ext.bench import (
+    Effort,
+    Settings,
+    development_cases,
+    quick_cases,
+    read_cases,
+    read_results,
+    run_suite,
+)
+from tensorcomp_ext.bench.suite import COMPILED_TEXT, QUICK
+from tensorcomp_ext.bench.summary import compare
+from tensorcomp_ext.bench.tables import (
+    Table,
+    bfloat16_table,
+    compare_table,
+    overhead_table,
+    row_line,
+    summary_table,
+)
+from tensorcomp_ext.cli.common import Screen
+
+_STDOUT = Path("-")
+
+
+def bench(
+    suite: Annotated[str, typer.Option(help="What to measure: tucker2.")] = "tucker2",
+    cases: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON list of objects with N,S,T,H,W,k,stride,padding,dilation,r_in,r_out,layout,dtype; "
+            "S and H are required. Without it, the development cases."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or both with a comma.")] = "float32",
+    layout: Annotated[str, typer.Option(help="nchw (contiguous), nhwc (channels-last).")] = "nchw,nhwc",
+    direction: Annotated[
+        str, typer.Option(help="forward; backward = a training step, forward included.")
+    ] = "forward,backward",
+    threads: Annotated[str, typer.Option(help="Thread counts, such as 1,2.")] = "1,2",
+    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    compiled: Annotated[
+        str,
+        typer.Option(help="torch.compile'd baselines: always, best (in the layout fastest eager), never."),
+    ] = "",
+    seconds: Annotated[float | None, typer.Option(help="Time to spend on each row's samples.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three small cases, few samples: does it run?")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option("--compare", help="Results of an earlier run: print what changed.")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here; - for stdout.")
+    ] = None,
+) -> None:
+    """Measure our ops and layers against the best torch can do, interleaved, and against the machine's
+    roofline."""
+    screen = Screen(as_json == _STDOUT)
+    standard = quick_cases() if quick else development_cases()
+    effort = QUICK if quick else Effort()
+    if seconds is not None:
+        effort = Effort(budget_s=seconds)
+    earlier = read_results(against) if against else None
+    settings = Settings(
+        suite=suite,
+        cases=standard if cases is None else read_cases(cases),
+        dtypes=_words(dtype),
+        layouts=_words(layout),
+        directions=_words(direction),
+        threads=_numbers(threads),
+        device=device,
+        compiled=compiled or ("never" if quick else "always"),
+        effort=effort,
+    )
+    results = _run(settings, None if as_json == _STDOUT else as_json, screen)
+    _show(results, screen)
+    if earlier is not None:
+        changes = compare(earlier, results)
+        screen.show(_rich(compare_table(changes), "Changes"))
+        if changes["geomean"] is not None:
+            screen.say(f"geometric mean {changes['geomean']:.3f}x over {len(changes['rows'])} rows")
+    if as_json == _STDOUT:
+        typer.echo(json.dumps(results))
+    if any(row["error"] for row in results["rows"]):
+        raise typer.Exit(1)
+
+
+def _run(settings: Settings, path: Path | None, screen: Screen) -> dict[str, Any]:
+    screen.say(f"baselines: {COMPILED_TEXT[settings.compiled]}")
+    with screen.progress("bench") as tick:
+
+        def start(index: int, count: int, label: str) -> None:
+            if tick:
+                tick(index, count, label)
+
+        def report(index: int, count: int, row: dict[str, Any]) -> None:
+            screen.say(f"[{index}/{count}] {row_line(row)}")
+
+        return run_suite(settings, path, report=report, start=start)
+
+
+def _show(results: dict[str, Any], screen: Screen) -> None:
+    screen.say(f"{results['machine']['cpu']}, {results['machine']['cores']} cores, kernels: {results['isa']}")
+    for rate in results["rates"]["peak_flops"]:
+        how = f"{rate['dtype']}, {rate['threads']} threads: {rate['value'] / 1e9:.0f} GFLOP/s ({rate['how']})"
+        screen.say(f"peak {how}")
+    screen.show(_rich(summary_table(results), "Geometric means"))
+    if results["summary"]["bfloat16"]:
+        screen.show(_rich(bfloat16_table(results), "bfloat16"))
+    if results.get("overhead"):
+        screen.show(_rich(overhead_table(results), "A call on 1x8x4x4"))
+
+
+def _rich(table: Table, title: str) -> RichTable:
+    head, body = table
+    found = RichTable(*head, title=title)
+    for cells in body:
+        found.add_row(*cells)
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} must be numbers such as 1,2", param_hint="--threads") from error
