@@ -1,7 +1,7 @@
 """Compiles every .cu for sm_80 and sm_90a and every CUDA binding, and links the whole CUDA op library.
 
-It links against the installed torch, CPU-only or not; what comes out must hold code for both architectures and need
-nothing that torch and the CUDA runtime do not provide.
+It links against the installed torch, CPU-only or not; the result must hold code for both architectures and
+need nothing that torch and the CUDA runtime do not provide.
 
 Needs the CUDA toolkit (``CUDA_HOME``, or ``nvcc`` on the path), no GPU. Run by ``make cuda-check``.
 """
