@@ -12,16 +12,18 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/dispatch.h"
+
 namespace py = pybind11;
 
 namespace {
 
 struct OpLibrary {
-  const char* (*isa)();
-  int (*set_isa_cap)(const char*);
-  const char* (*isa_available)();
-  double (*fma_peak)(int dtype_bf16, double seconds);
-  double (*copy_bandwidth)(void* dst, const void* src, std::size_t bytes, double seconds);
+  decltype(&tensorcomp_isa) isa;
+  decltype(&tensorcomp_set_isa_cap) set_isa_cap;
+  decltype(&tensorcomp_isa_available) isa_available;
+  decltype(&tensorcomp_fma_peak) fma_peak;
+  decltype(&tensorcomp_copy_bandwidth) copy_bandwidth;
 };
 
 // The op library lies beside this module.
@@ -116,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
                                 ", got '" + name + "'");
         }
       },
-      py::arg("name"), "Use no instruction set better than this one.");
+      py::arg("name"), "Use no instruction set better than this one; an empty name removes the cap.");
   m.def(
       "fma_peak",
       [](bool bfloat16, double seconds) {
