@@ -1,0 +1,506 @@
+// Forward pass of the bottleneck convolution.
+//
+// A piece of work is a run of output rows. It slides a window of rank-in rows Z (with their zero borders) down the
+// image, and for each block of output rows makes the rank-out rows V and leaves them through the last factor
+// straight to y. Nothing of full size is stored.
+//
+// Rank-space rows come in two layouts. "Columns": [pixel][rank], pixels along the tile's rows, ranks along its
+// vectors. "Rows": [rank][pixel], the other way round; then no rank is padded to a vector. Channels-last data enters
+// and leaves in columns form, contiguous data in rows form, and the core runs in whichever is cheaper; the
+// activations between are transposed where the two meet (they are small there).
+
+struct BottleneckGeometry {
+  bool x_rows, y_rows, core_rows;  // which form each stage works in
+  bool gather_x;                   // x is copied to `gathered` row by row first (odd strides, narrow elements)
+  int64_t words_in, words_mid, words_out;  // words of C_in, R_in, R_out
+  int64_t z_width;       // pixels of a Z row, borders included
+  int64_t z_used;        // pixels of a Z row that come from x
+  int64_t z_pitch;       // "rows" form: words between ranks
+  int64_t z_row;         // words between Z rows
+  int64_t halo;          // input rows an output row spans
+  int64_t block;         // output rows a step
+  int64_t window_out;    // output rows whose input rows fit the window
+  int64_t window_rows;   // rows of the window
+  int64_t v_pitch;       // "rows" form of V: words between ranks
+  int64_t in_block;      // input rows of one "rows" form product
+  int64_t flat_pitch;    // its pixels, padded
+  // Word offsets in the scratch of one part.
+  int64_t z, v, v_other, flat, gathered, bias, taps, part_words;
+  bool phased;
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Cost in vector lanes of a piece of n columns.
+inline double lane_cost(int64_t n) { return static_cast<double>(padded_columns(n)); }
+
+template <class T>
+inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int64_t threads) {
+  const BottleneckShape& s = p.shape;
+  BottleneckGeometry g;
+  g.words_in = words<T>(s.c_in);
+  g.words_mid = words<T>(s.rank_in);
+  g.words_out = words<T>(s.rank_out);
+  const bool columns_readable = p.x_strides.c == 1 && !(T::kPairs && s.c_in % 2) && !T::kNarrow;
+  const bool rows_readable = p.x_strides.w == 1 || p.width == 1;
+  g.x_rows = !(p.x_strides.c == 1) && rows_readable;
+  g.gather_x = g.x_rows ? (T::kPairs || T::kNarrow) : !columns_readable;
+  g.y_rows = p.y_strides.c != 1;
+
+  g.z_width = (p.out_width - 1) * p.stride_w + p.dilation_w * (s.kernel_w - 1) + 1;
+  const int64_t room = g.z_width - p.pad_left;
+  g.z_used = room < 0 ? 0 : room < p.width ? room : p.width;
+  g.halo = p.dilation_h * (s.kernel_h - 1) + 1;
+
+  // The core in columns form pads R_out to a vector, in rows form it pads the image row; transposing a rank-space
+  // word costs about six lanes of multiplication.
+  const double taps = static_cast<double>(s.kernel_h * s.kernel_w);
+  const double mid = static_cast<double>(s.rank_in), out = static_cast<double>(s.rank_out);
+  const double width = static_cast<double>(p.out_width);
+  const double transpose = 6.0;
+  double columns_cost = taps * mid * lane_cost(s.rank_out);
+  double rows_cost = taps * mid * out * lane_cost(p.out_width) / width;
+  if (g.x_rows) columns_cost += transpose * mid;
+  else rows_cost += transpose * mid;
+  if (g.y_rows) columns_cost += transpose * out;
+  g.core_rows = p.stride_w == 1 && rows_cost < columns_cost;
+
+  const int64_t per_block = 28;  // pixels: two full tiles
+  g.block = (per_block + p.out_width - 1) / p.out_width;
+  if (g.block > p.out_height) g.block = p.out_height;
+
+  g.z_pitch = round_up(g.z_width, 16) + 16;
+  g.z_row = g.core_rows ? g.words_mid * g.z_pitch : round_up(g.z_width * g.words_mid, 16);
+  const int64_t rows_per_thread = (p.batch * p.out_height + threads - 1) / threads;
+  g.phased = threads > 1 && rows_per_thread < 8;
+  constexpr int64_t kWindowWords = 40 * 1024;  // of Z: leaves most of a private L2 to the weights
+  int64_t rows = (kWindowWords / g.z_row - g.halo) / p.stride_h + 1;
+  rows = rows / g.block * g.block;
+  if (rows < g.block) rows = g.block;
+  if (rows > p.out_height || g.phased) rows = p.out_height;
+  g.window_out = rows;
+  g.window_rows = (rows - 1) * p.stride_h + g.halo;
+
+  const int64_t v_rows = g.phased ? p.out_height : g.block;
+  g.v_pitch = round_up(v_rows * p.out_width, 16) + 32;
+  const int64_t v_columns_words = v_rows * p.out_width * g.words_out;
+  const int64_t v_rows_words = g.words_out * g.v_pitch;
+  // In rows form x is multiplied some image rows at a time, so that narrow images fill the vectors too.
+  const bool dense_rows = p.x_strides.h == p.width && g.z_used == p.width;
+  g.in_block = g.x_rows && dense_rows && !g.gather_x && p.width < 32 ? (32 + p.width - 1) / p.width : 1;
+  g.flat_pitch = round_up(g.in_block * p.width, 16) + 16;
+
+  int64_t at = 0;
+  const auto take = [&at](int64_t n) {
+    const int64_t start = at;
+    at += round_up(n, 16);
+    return start;
+  };
+  const int64_t images = g.phased ? p.batch : 1;
+  g.bias = take(padded_columns(s.c_out) + 16);
+  g.taps = take(4 * s.kernel_h * s.kernel_w + 4);
+  g.z = take(images * g.window_rows * g.z_row + 32);
+  g.v = take(images * (g.core_rows ? v_rows_words : v_columns_words) + 32);
+  g.v_other = g.y_rows && !g.core_rows ? take(images * v_rows_words + 32) : 0;
+  g.flat = take(g.words_mid * g.flat_pitch + 32);
+  const int64_t gathered = g.x_rows ? g.words_in * g.flat_pitch : p.width * g.words_in;
+  g.gathered = g.gather_x ? take(gathered + 32) : 0;
+  g.part_words = at;
+  return g;
+}
+
+template <class T>
+class BottleneckForward {
+ public:
+  BottleneckForward(const BottleneckConvParams& p, const BottleneckGeometry& g, float* scratch, float* shared)
+      : p_(p), g_(g), l_(packed_layout<T>(p.shape)), w_(static_cast<const float*>(p.packed)), own_(scratch),
+        z_(shared + g.z), v_(shared + g.v), v_other_(shared + g.v_other) {
+    taps_a_ = reinterpret_cast<int64_t*>(own_ + g_.taps);
+    taps_b_ = taps_a_ + p.shape.kernel_h * p.shape.kernel_w;
+    describe_taps();
+  }
+
+  // Output rows [begin, end) of all images, counted through the batch.
+  void run_rows(int64_t begin, int64_t end) {
+    widen_bias();
+    while (begin < end) {
+      const int64_t n = begin / p_.out_height, first = begin % p_.out_height;
+      int64_t last = first + (end - begin);
+      if (last > p_.out_height) last = p_.out_height;
+      run_image_rows(n, first, last);
+      begin += last - first;
+    }
+  }
+
+  // One stage of all images, cut in even parts; for images too small to cut by rows.
+  void run_phase(int64_t phase, int64_t part, int64_t parts) {
+    const int64_t z_image = g_.window_rows * g_.z_row;
+    const int64_t v_rows_image = g_.words_out * g_.v_pitch;
+    const int64_t v_image = g_.core_rows ? v_rows_image : p_.out_height * p_.out_width * g_.words_out;
+    if (phase == 2) widen_bias();
+    float *z = z_, *v = v_, *v_other = v_other_;
+    for (int64_t n = 0; n < p_.batch; ++n) {
+      // Where stage one transposes or gathers it is cut by rows, everything else by tiles.
+      if (phase == 0) {
+        const int64_t rows = g_.window_rows;
+        const int64_t top = -p_.pad_top;
+        if (g_.x_rows || g_.core_rows || g_.gather_x)
+          fill(n, top + rows * part / parts, top + rows * (part + 1) / parts, top);
+        else
+          fill(n, top, top + rows, top, part, parts);
+      } else if (phase == 1) {
+        core(z_, p_.out_height, part, parts);
+      } else {
+        leave(n, 0, p_.out_height, part, parts);
+      }
+      z_ += z_image;
+      v_ += v_image;
+      v_other_ += v_rows_image;
+    }
+    z_ = z;
+    v_ = v;
+    v_other_ = v_other;
+  }
+
+ private:
+  using E = typename T::Element;
+  using Dot = typename T::Dot;
+  static constexpr int64_t kBytes = sizeof(E);
+
+  void describe_taps() {
+    const BottleneckShape& s = p_.shape;
+    // Columns form with undilated columns: the taps of a kernel row are contiguous in Z and count as one.
+    merged_ = !g_.core_rows && p_.dilation_w == 1;
+    const int64_t across = merged_ ? 1 : s.kernel_w;
+    tap_count_ = s.kernel_h * across;
+    tap_k_ = merged_ ? s.kernel_w * g_.words_mid : g_.words_mid;
+    for (int64_t y = 0; y < s.kernel_h; ++y) {
+      for (int64_t x = 0; x < across; ++x) {
+        const int64_t t = y * across + x;
+        const int64_t pixel = x * p_.dilation_w;
+        const int64_t in_z = (y * p_.dilation_h * g_.z_row + (g_.core_rows ? pixel : pixel * g_.words_mid)) * 4;
+        if (g_.core_rows) {
+          taps_a_[t] = t * g_.words_mid * 4;
+          taps_b_[t] = in_z;
+        } else {
+          taps_a_[t] = in_z;
+          taps_b_[t] = t * tap_k_;
+        }
+      }
+    }
+  }
+
+  void widen_bias() {
+    float* bias = own_ + g_.bias;
+    const int64_t n = p_.shape.c_out;
+    for (int64_t i = 0; i < n; ++i) bias[i] = p_.bias ? to_float(static_cast<const E*>(p_.bias)[i]) : 0.0f;
+    for (int64_t i = n; i < padded_columns(n) + 16; ++i) bias[i] = 0.0f;
+  }
+
+  void run_image_rows(int64_t n, int64_t first, int64_t last) {
+    int64_t top = 0, filled = 0;  // input row of the window's first row; input rows before this one are there
+    bool any = false;
+    for (int64_t chunk = first; chunk < last; chunk += g_.window_out) {
+      const int64_t chunk_end = chunk + g_.window_out < last ? chunk + g_.window_out : last;
+      const int64_t new_top = chunk * p_.stride_h - p_.pad_top;
+      const int64_t bottom = (chunk_end - 1) * p_.stride_h - p_.pad_top + g_.halo;
+      if (any && filled > new_top) {
+        __builtin_memmove(z_, z_ + (new_top - top) * g_.z_row, static_cast<size_t>((filled - new_top) * g_.z_row) * 4);
+      } else {
+        filled = new_top;
+      }
+      fill(n, filled, bottom, new_top);
+      filled = bottom;
+      top = new_top;
+      any = true;
+      for (int64_t row = chunk; row < chunk_end; row += g_.block) {
+        const int64_t rows = row + g_.block < chunk_end ? g_.block : chunk_end - row;
+        core(z_ + (row - chunk) * p_.stride_h * g_.z_row, rows, 0, 1);
+        leave(n, row, rows, 0, 1);
+      }
+    }
+  }
+
+  // Input rows [from, to) of image n into the window whose first row is input row `top`.
+  void fill(int64_t n, int64_t from, int64_t to, int64_t top, int64_t part = 0, int64_t parts = 1) {
+    for (int64_t row = from; row < to; ++row) {
+      float* z = z_ + (row - top) * g_.z_row;
+      if (row < 0 || row >= p_.height) {
+        if (part == 0) __builtin_memset(z, 0, static_cast<size_t>(g_.z_row) * 4);
+      } else if (part == 0) {
+        clear_borders(z);
+      }
+    }
+    const int64_t first = from < 0 ? 0 : from;
+    const int64_t last = to > p_.height ? p_.height : to;
+    if (first >= last || g_.z_used <= 0) return;
+    float* z = z_ + (first - top) * g_.z_row;
+    if (g_.x_rows) fill_from_rows(n, first, last, z);
+    else fill_from_columns(n, first, last, z, part, parts);
+  }
+
+  void clear_borders(float* z) {
+    const int64_t left = p_.pad_left < g_.z_width ? p_.pad_left : g_.z_width;
+    const int64_t right = left + g_.z_used;
+    if (g_.core_rows) {
+      for (int64_t r = 0; r < g_.words_mid; ++r) {
+        for (int64_t i = 0; i < left; ++i) z[r * g_.z_pitch + i] = 0.0f;
+        for (int64_t i = right; i < g_.z_width; ++i) z[r * g_.z_pitch + i] = 0.0f;
+      }
+      return;
+    }
+    __builtin_memset(z, 0, static_cast<size_t>(left * g_.words_mid) * 4);
+    const int64_t end = g_.z_row;
+    __builtin_memset(z + right * g_.words_mid, 0, static_cast<size_t>(end - right * g_.words_mid) * 4);
+    if (T::kPairs && p_.shape.rank_in % 2) clear_last_halves(z + left * g_.words_mid, g_.z_used, g_.words_mid);
+  }
+
+  // The absent half of an odd rank's last pair is multiplied by zero and must not be NaN. Only that half is written:
+  // another part may be writing the other.
+  static void clear_last_halves(float* row, int64_t pixels, int64_t pitch) {
+    char* p = reinterpret_cast<char*>(row) + pitch * 4 - 2;
+    for (int64_t i = 0; i < pixels; ++i, p += pitch * 4) __builtin_memset(p, 0, 2);
+  }
+
+  const E* x_row(int64_t n, int64_t row) const {
+    return static_cast<const E*>(p_.x) + n * p_.x_strides.n + row * p_.x_strides.h;
+  }
+
+  // Channels lie together: pixels along tile rows.
+  void fill_from_columns(int64_t n, int64_t first, int64_t last, float* z, int64_t part, int64_t parts) {
+    Product m;
+    m.k = g_.words_in;
+    m.b = reinterpret_cast<const char*>(w_ + l_.in_columns);
+    m.columns = p_.shape.rank_in;
+    m.rows = g_.z_used;
+    m.store = T::kPairs ? Store::kBfloat16 : Store::kFloat;
+    m.c_column = T::kPairs ? 2 : 4;
+    m.c_row = g_.words_mid * 4;
+    if (!g_.gather_x && !g_.core_rows) {
+      m.segments = last - first;
+      m.a = reinterpret_cast<const char*>(x_row(n, first));
+      m.a_row = p_.x_strides.w * kBytes;
+      m.a_segment = p_.x_strides.h * kBytes;
+      m.c = reinterpret_cast<char*>(z + p_.pad_left * g_.words_mid);
+      m.c_segment = g_.z_row * 4;
+      multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+      return;
+    }
+    for (int64_t row = first; row < last; ++row, z += g_.z_row) {
+      m.a = reinterpret_cast<const char*>(x_row(n, row));
+      m.a_row = p_.x_strides.w * kBytes;
+      if (g_.gather_x) {
+        gather_pixels(x_row(n, row));
+        m.a = reinterpret_cast<const char*>(own_ + g_.gathered);
+        m.a_row = g_.words_in * 4;
+      }
+      float* to = g_.core_rows ? own_ + g_.flat : z + p_.pad_left * g_.words_mid;
+      if (T::kPairs && g_.core_rows && p_.shape.rank_in % 2) clear_last_halves(to, g_.z_used, g_.words_mid);
+      m.c = reinterpret_cast<char*>(to);
+      multiply<AOrder::kAlongK, false, Dot>(m);
+      if (g_.core_rows)
+        transpose_words(to, g_.words_mid, g_.z_used, g_.words_mid, z + p_.pad_left, g_.z_pitch);
+    }
+  }
+
+  // Pixels lie together: ranks along tile rows.
+  void fill_from_rows(int64_t n, int64_t first, int64_t last, float* z) {
+    Product m;
+    m.k = g_.words_in;
+    m.a = reinterpret_cast<const char*>(w_ + l_.in_rows);
+    m.a_row = g_.words_in * 4;
+    m.rows = p_.shape.rank_in;
+    m.b_packed = false;
+    m.store = T::kPairs ? Store::kBfloat16Pairs : Store::kFloat;
+    for (int64_t row = first; row < last; row += g_.in_block) {
+      const int64_t rows = row + g_.in_block < last ? g_.in_block : last - row;
+      m.columns = g_.in_block == 1 ? g_.z_used : rows * p_.width;
+      const bool direct = g_.core_rows && g_.in_block == 1;
+      float* to = direct ? z + p_.pad_left : own_ + g_.flat;
+      m.c = reinterpret_cast<char*>(to);
+      m.c_row = (direct ? g_.z_pitch : g_.flat_pitch) * 4;
+      if (g_.gather_x) {
+        gather_channels(x_row(n, row), m.columns);
+        m.b = reinterpret_cast<const char*>(own_ + g_.gathered);
+        m.b_k = g_.flat_pitch * 4;
+        multiply<AOrder::kAlongK, false, Dot>(m);
+      } else {
+        m.b = reinterpret_cast<const char*>(x_row(n, row));
+        m.b_k = p_.x_strides.c * 4;
+        multiply<AOrder::kAlongK, true, Dot>(m);
+      }
+      for (int64_t i = 0; i < rows; ++i, z += g_.z_row) {
+        if (direct) continue;
+        const float* from = to + i * p_.width;
+        if (g_.core_rows) {
+          for (int64_t r = 0; r < g_.words_mid; ++r)
+            __builtin_memcpy(z + r * g_.z_pitch + p_.pad_left, from + r * g_.flat_pitch,
+                             static_cast<size_t>(g_.z_used) * 4);
+        } else {
+          transpose_words(from, g_.flat_pitch, g_.words_mid, g_.z_used, z + p_.pad_left * g_.words_mid, g_.words_mid);
+        }
+      }
+    }
+  }
+
+  // One image row as [pixel][word].
+  void gather_pixels(const E* x) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(own_ + g_.gathered);
+    const int64_t c = p_.shape.c_in;
+    for (int64_t i = 0; i < g_.z_used; ++i) {
+      const E* from = x + i * p_.x_strides.w;
+      for (int64_t w = 0; w < g_.words_in; ++w) {
+        const int64_t at = T::kPairs ? 2 * w : w;
+        *to++ = make_word<T>(from, at * p_.x_strides.c, p_.x_strides.c, T::kPairs && at + 1 >= c);
+      }
+    }
+  }
+
+  // One image row as [word][pixel].
+  void gather_channels(const E* x, int64_t pixels) {
+    const int64_t c = p_.shape.c_in;
+    for (int64_t w = 0; w < g_.words_in; ++w) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(own_ + g_.gathered) + w * g_.flat_pitch;
+      const int64_t at = T::kPairs ? 2 * w : w;
+      const E* from = x + at * p_.x_strides.c;
+      const bool single = T::kPairs && at + 1 >= c;
+      for (int64_t i = 0; i < pixels; ++i) to[i] = make_word<T>(from, i, p_.x_strides.c, single);
+    }
+  }
+
+  // `rows` output rows of V from Z, whose first row is the first tap of the first of them.
+  void core(const float* z, int64_t rows, int64_t part, int64_t parts) {
+    Product m;
+    m.k = tap_k_;
+    m.taps = tap_count_;
+    m.a_tap = taps_a_;
+    m.b_tap = taps_b_;
+    if (!g_.core_rows) {
+      m.segments = rows;
+      m.rows = p_.out_width;
+      m.a = reinterpret_cast<const char*>(z);
+      m.a_row = p_.stride_w * g_.words_mid * 4;
+      m.a_segment = p_.stride_h * g_.z_row * 4;
+      m.b = reinterpret_cast<const char*>(w_ + l_.core_columns);
+      m.columns = p_.shape.rank_out;
+      m.c = reinterpret_cast<char*>(v_);
+      m.c_row = g_.words_out * 4;
+      m.c_segment = p_.out_width * g_.words_out * 4;
+      m.store = T::kPairs ? Store::kBfloat16 : Store::kFloat;
+      m.c_column = T::kPairs ? 2 : 4;
+      if (T::kPairs && p_.shape.rank_out % 2 && part == 0)
+        clear_last_halves(v_, rows * p_.out_width, g_.words_out);
+      multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+      return;
+    }
+    m.rows = p_.shape.rank_out;
+    m.a = reinterpret_cast<const char*>(w_ + l_.core_rows);
+    m.a_row = p_.shape.kernel_h * p_.shape.kernel_w * g_.words_mid * 4;
+    m.b_packed = false;
+    m.b_k = g_.z_pitch * 4;
+    m.columns = p_.out_width;
+    m.c_row = g_.v_pitch * 4;
+    m.store = T::kPairs ? Store::kBfloat16Pairs : Store::kFloat;
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+      m.b = reinterpret_cast<const char*>(z + i * p_.stride_h * g_.z_row);
+      m.c = reinterpret_cast<char*>(v_ + i * p_.out_width);
+      multiply<AOrder::kAlongK, false, Dot>(m);
+    }
+  }
+
+  // `rows` output rows from `row` of image n, from V to y.
+  void leave(int64_t n, int64_t row, int64_t rows, int64_t part, int64_t parts) {
+    const int64_t pixels = rows * p_.out_width;
+    Product m;
+    m.k = g_.words_out;
+    m.init = own_ + g_.bias;
+    E* y = static_cast<E*>(p_.y) + n * p_.y_strides.n + row * p_.y_strides.h;
+    m.c = reinterpret_cast<char*>(y);
+    m.store = kBytes == 2 ? Store::kBfloat16 : Store::kFloat;
+    m.c_column = kBytes;
+    if (!g_.y_rows) {
+      m.rows = pixels;
+      m.b = reinterpret_cast<const char*>(w_ + l_.out_columns);
+      m.columns = p_.shape.c_out;
+      m.init_mode = Init::kColumns;
+      m.c_row = p_.y_strides.w * kBytes;
+      m.a = reinterpret_cast<const char*>(v_);
+      if (g_.core_rows) {
+        m.a_k = g_.v_pitch * 4;
+        multiply<AOrder::kAlongM, false, Dot>(m, part, parts);
+      } else {
+        m.a_row = g_.words_out * 4;
+        multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+      }
+      return;
+    }
+    const float* v = v_;
+    if (!g_.core_rows) {
+      // With several parts each transposes all of V into its own scratch: V is tiny there.
+      float* other = parts > 1 ? own_ + g_.v_other : v_other_;
+      transpose_words(v_, g_.words_out, pixels, g_.words_out, other, g_.v_pitch);
+      v = other;
+    }
+    m.rows = p_.shape.c_out;
+    m.a = reinterpret_cast<const char*>(w_ + l_.out_rows);
+    m.a_row = g_.words_out * 4;
+    m.b = reinterpret_cast<const char*>(v);
+    m.b_packed = false;
+    m.b_k = g_.v_pitch * 4;
+    m.columns = pixels;
+    m.init_mode = Init::kRows;
+    m.c_row = p_.y_strides.c * kBytes;
+    multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+  }
+
+  const BottleneckConvParams& p_;
+  const BottleneckGeometry& g_;
+  const PackedLayout l_;
+  const float* w_;
+  float* own_;
+  float *z_, *v_, *v_other_;
+  int64_t *taps_a_, *taps_b_;
+  int64_t tap_count_ = 0, tap_k_ = 0;
+  bool merged_ = false;
+};
+
+// The entry points of one element type.
+template <class T>
+struct Bottleneck {
+  static size_t packed_bytes(const BottleneckShape& s) { return static_cast<size_t>(packed_layout<T>(s).total) * 4; }
+
+  static void pack(const BottleneckShape& s, const BottleneckWeights& w, void* to) {
+    pack_bottleneck<T>(s, w, PackedForms{}, static_cast<float*>(to));
+  }
+
+  // Only the forms that this problem reads.
+  static void pack_for(const BottleneckConvParams& p, int64_t threads, const BottleneckWeights& w, void* to) {
+    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
+    const PackedForms forms{!g.x_rows, g.x_rows, !g.core_rows, g.core_rows, !g.y_rows, g.y_rows};
+    pack_bottleneck<T>(p.shape, w, forms, static_cast<float*>(to));
+  }
+
+  static BottleneckConvPlan plan(const BottleneckConvParams& p, int64_t threads) {
+    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
+    BottleneckConvPlan plan;
+    plan.parts = threads;
+    plan.phases = g.phased ? 3 : 1;
+    plan.scratch_bytes = static_cast<size_t>(g.part_words * threads) * 4;
+    return plan;
+  }
+
+  static void run(const BottleneckConvParams& p, int64_t threads, int64_t phase, int64_t part) {
+    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
+    float* shared = static_cast<float*>(p.scratch);
+    float* own = shared + part * g.part_words;
+    BottleneckForward<T> forward(p, g, own, g.phased ? shared : own);
+    if (g.phased) {
+      forward.run_phase(phase, part, threads);
+    } else {
+      const int64_t rows = p.batch * p.out_height;
+      forward.run_rows(rows * part / threads, rows * (part + 1) / threads);
+    }
+  }
+
+  static constexpr BottleneckKernels table() { return {packed_bytes, pack, pack_for, plan, run}; }
+};

@@ -1,0 +1,49 @@
+// The CPU kernels of every instruction set behind one table, chosen once at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace tensorcomp {
+
+// Bottleneck convolution of one element type on one instruction set. `threads` is the number of parts the caller
+// will run; it must be the same in all calls for one problem.
+struct BottleneckKernels {
+  size_t (*packed_bytes)(const BottleneckShape&);
+  void (*pack)(const BottleneckShape&, const BottleneckWeights&, void* to);
+  void (*pack_for)(const BottleneckConvParams&, int64_t threads, const BottleneckWeights&, void* to);
+  BottleneckConvPlan (*plan)(const BottleneckConvParams&, int64_t threads);
+  void (*run)(const BottleneckConvParams&, int64_t threads, int64_t phase, int64_t part);
+};
+
+struct KernelTable {
+  const char* name;  // "avx512_bf16" | "avx512" | "avx2" | "portable"
+  int32_t id;
+  BottleneckKernels bottleneck_float32;
+  BottleneckKernels bottleneck_bfloat16;
+  double (*fma_peak)(bool bfloat16, double seconds);
+
+  const BottleneckKernels& bottleneck(DType dtype) const {
+    return dtype == DType::kFloat32 ? bottleneck_float32 : bottleneck_bfloat16;
+  }
+};
+
+// The table in use: the best this processor has, or what TENSORCOMP_CPU_ISA or the cap below allows.
+const KernelTable& kernel_table();
+
+}  // namespace tensorcomp
+
+extern "C" {
+// Name of the instruction set in use.
+const char* tensorcomp_isa();
+// Comma-separated names of those this processor can run, best first.
+const char* tensorcomp_isa_available();
+// Use `name` or the next worse one this processor has; null or "" removes the cap. Nonzero: unknown name.
+int tensorcomp_set_isa_cap(const char* name);
+// FLOP/s of the calling thread in a loop of independent fused multiply-adds (or bfloat16 pair products).
+double tensorcomp_fma_peak(int bfloat16, double seconds);
+// Bytes read plus bytes written a second by the calling thread copying `bytes` from src to dst over and over.
+double tensorcomp_copy_bandwidth(void* dst, const void* src, size_t bytes, double seconds);
+}

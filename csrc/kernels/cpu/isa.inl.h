@@ -1,0 +1,8 @@
+// Everything an instruction set's file compiles: included once by each, inside its target pragma.
+
+#include "vec.h"
+#include "gemm.inl.h"
+#include "blocked.inl.h"
+#include "pack.inl.h"
+#include "bottleneck_conv.inl.h"
+#include "peak.inl.h"

@@ -1,0 +1,30 @@
+// AVX2 with FMA.
+
+#include "isa_begin.h"
+
+#if defined(TC_X86)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2")
+#endif
+
+#define TC_AVX2 1
+
+namespace tensorcomp::avx2 {
+namespace {
+#include "isa.inl.h"
+}  // namespace
+
+BottleneckKernels bottleneck_float32() { return Bottleneck<Float32>::table(); }
+BottleneckKernels bottleneck_bfloat16() { return Bottleneck<Bfloat16Widened>::table(); }
+double fma_peak(double seconds) { return measure_peak<FloatDot>(seconds); }
+}  // namespace tensorcomp::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,13 @@
+// The compiler's own vector types: what every processor can run.
+
+#include "isa_begin.h"
+
+namespace tensorcomp::portable {
+namespace {
+#include "isa.inl.h"
+}  // namespace
+
+BottleneckKernels bottleneck_float32() { return Bottleneck<Float32>::table(); }
+BottleneckKernels bottleneck_bfloat16() { return Bottleneck<Bfloat16Widened>::table(); }
+double fma_peak(double seconds) { return measure_peak<FloatDot>(seconds); }
+}  // namespace tensorcomp::portable

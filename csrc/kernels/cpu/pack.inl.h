@@ -1,0 +1,163 @@
+// Weights in the orders the tiles read them.
+
+// Element types of tensors, and how the kernels hold them in words.
+struct Float32 {
+  using Element = float;
+  using Dot = FloatDot;
+  static constexpr bool kPairs = false;
+  static constexpr bool kNarrow = false;  // elements are narrower than words and must be widened before use
+};
+
+// bfloat16 on a processor without a dot product for pairs: widened to float on the way in.
+struct Bfloat16Widened {
+  using Element = uint16_t;
+  using Dot = FloatDot;
+  static constexpr bool kPairs = false;
+  static constexpr bool kNarrow = true;
+};
+
+#if defined(TC_BF16_DOT)
+struct Bfloat16Pairs {
+  using Element = uint16_t;
+  using Dot = PairDot;
+  static constexpr bool kPairs = true;
+  static constexpr bool kNarrow = false;
+};
+#endif
+
+template <class T>
+constexpr int64_t words(int64_t elements) {
+  return T::kPairs ? (elements + 1) / 2 : elements;
+}
+
+inline float to_float(float v) { return v; }
+inline float to_float(uint16_t v) {
+  const uint32_t u = static_cast<uint32_t>(v) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, sizeof(f));
+  return f;
+}
+
+// The word of elements `at` and `at + step` (the second only for pairs; absent when `single`).
+template <class T>
+inline uint32_t make_word(const typename T::Element* from, int64_t at, int64_t step, bool single) {
+  uint32_t w;
+  if constexpr (T::kPairs) {
+    w = from[at];
+    if (!single) w |= static_cast<uint32_t>(from[at + step]) << 16;
+  } else {
+    (void)step;
+    (void)single;
+    const float f = to_float(from[at]);
+    __builtin_memcpy(&w, &f, sizeof(w));
+  }
+  return w;
+}
+
+// B panels: to = panels of [steps][panel width] words, zero beyond the last column. The steps run over `outer`
+// groups of `inner` elements; element (group o, i, column n) is from[offset(o) + i * inner_stride + n * column_stride].
+template <class T>
+inline void pack_columns(const typename T::Element* from, int64_t outer, int64_t outer_stride, int64_t inner,
+                         int64_t inner_stride, int64_t columns, int64_t column_stride, float* to) {
+  const int64_t inner_words = words<T>(inner);
+  const int64_t units = unit_count(columns);
+  for (int64_t unit = 0; unit < units;) {
+    const int wide = panel_units(units - unit);
+    const int64_t width = wide * kUnit, first = unit * kUnit;
+    const int64_t valid = columns - first < width ? columns - first : width;
+    float* panel = to + first * outer * inner_words;
+    if constexpr (!T::kPairs && !T::kNarrow) {
+      // Columns lie strided in the weight but its steps are contiguous (or the reverse): transposing blocks of
+      // eight keeps both sides in whole cache lines.
+      if (inner_stride == 1 && column_stride != 1) {
+        for (int64_t o = 0; o < outer; ++o) {
+          float* dst = panel + o * inner * width;
+          transpose_words(from + o * outer_stride + first * column_stride, column_stride, valid, inner, dst, width);
+          if (valid < width) {
+            for (int64_t i = 0; i < inner; ++i)
+              __builtin_memset(dst + i * width + valid, 0, static_cast<size_t>(width - valid) * 4);
+          }
+        }
+        unit += wide;
+        continue;
+      }
+    }
+    for (int64_t o = 0; o < outer; ++o) {
+      for (int64_t w = 0; w < inner_words; ++w) {
+        const int64_t i = T::kPairs ? 2 * w : w;
+        const bool single = T::kPairs && i + 1 >= inner;
+        uint32_t* dst = reinterpret_cast<uint32_t*>(panel) + (o * inner_words + w) * width;
+        const typename T::Element* src = from + o * outer_stride + i * inner_stride + first * column_stride;
+        int64_t n = 0;
+        for (; n < valid; ++n) dst[n] = make_word<T>(src, n * column_stride, inner_stride, single);
+        for (; n < width; ++n) dst[n] = 0;
+      }
+    }
+    unit += wide;
+  }
+}
+
+// A rows: to[row][group][word], contiguous.
+template <class T>
+inline void pack_rows(const typename T::Element* from, int64_t rows, int64_t row_stride, int64_t outer,
+                      int64_t outer_stride, int64_t inner, int64_t inner_stride, float* to) {
+  const int64_t inner_words = words<T>(inner);
+  uint32_t* dst = reinterpret_cast<uint32_t*>(to);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < outer; ++o) {
+      const typename T::Element* src = from + r * row_stride + o * outer_stride;
+      for (int64_t w = 0; w < inner_words; ++w) {
+        const int64_t i = T::kPairs ? 2 * w : w;
+        *dst++ = make_word<T>(src, i * inner_stride, inner_stride, T::kPairs && i + 1 >= inner);
+      }
+    }
+  }
+}
+
+// Where each weight lies in a packed block, in words. `columns` forms serve pixels along rows, `rows` forms pixels
+// along vectors.
+struct PackedLayout {
+  int64_t in_columns, in_rows, core_columns, core_rows, out_columns, out_rows, total;
+};
+
+template <class T>
+inline PackedLayout packed_layout(const BottleneckShape& s) {
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  PackedLayout l;
+  int64_t at = 0;
+  const auto take = [&at](int64_t n) {
+    const int64_t start = at;
+    at += (n + 15) / 16 * 16;
+    return start;
+  };
+  l.in_columns = take(words<T>(s.c_in) * padded_columns(s.rank_in));
+  l.in_rows = take(words<T>(s.c_in) * s.rank_in);
+  l.core_columns = take(words<T>(s.rank_in) * taps * padded_columns(s.rank_out));
+  l.core_rows = take(words<T>(s.rank_in) * taps * s.rank_out);
+  l.out_columns = take(words<T>(s.rank_out) * padded_columns(s.c_out));
+  l.out_rows = take(words<T>(s.rank_out) * s.c_out);
+  l.total = at;
+  return l;
+}
+
+// Which of a weight's two forms a call needs.
+struct PackedForms {
+  bool in_columns = true, in_rows = true, core_columns = true, core_rows = true, out_columns = true, out_rows = true;
+};
+
+template <class T>
+inline void pack_bottleneck(const BottleneckShape& s, const BottleneckWeights& w, const PackedForms& forms, float* to) {
+  using E = typename T::Element;
+  const PackedLayout l = packed_layout<T>(s);
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  const E* in = static_cast<const E*>(w.factor_in);
+  const E* core = static_cast<const E*>(w.core);
+  const E* out = static_cast<const E*>(w.factor_out);
+  if (forms.in_columns) pack_columns<T>(in, 1, 0, s.c_in, s.rank_in, s.rank_in, 1, to + l.in_columns);
+  if (forms.in_rows) pack_rows<T>(in, s.rank_in, 1, 1, 0, s.c_in, s.rank_in, to + l.in_rows);
+  if (forms.core_columns)
+    pack_columns<T>(core, taps, 1, s.rank_in, taps, s.rank_out, s.rank_in * taps, to + l.core_columns);
+  if (forms.core_rows) pack_rows<T>(core, s.rank_out, s.rank_in * taps, taps, 1, s.rank_in, taps, to + l.core_rows);
+  if (forms.out_columns) pack_columns<T>(out, 1, 0, s.rank_out, 1, s.c_out, s.rank_out, to + l.out_columns);
+  if (forms.out_rows) pack_rows<T>(out, s.c_out, s.rank_out, 1, 0, s.rank_out, 1, to + l.out_rows);
+}

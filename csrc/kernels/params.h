@@ -1,0 +1,70 @@
+// Problem descriptions that the kernels take: plain sizes, strides and pointers, nothing of torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tensorcomp {
+
+enum class DType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+
+// A convolution through a bottleneck: pointwise C_in -> R_in, spatial core R_in -> R_out, pointwise R_out -> C_out.
+struct BottleneckShape {
+  DType dtype = DType::kFloat32;
+  int64_t c_in = 0, rank_in = 0, rank_out = 0, c_out = 0;
+  int64_t kernel_h = 1, kernel_w = 1;
+};
+
+// Dense weights in torch's order: core [rank_out, rank_in, kernel_h, kernel_w], factor_out [c_out, rank_out],
+// factor_in [c_in, rank_in], all contiguous.
+struct BottleneckWeights {
+  const void* core = nullptr;
+  const void* factor_out = nullptr;
+  const void* factor_in = nullptr;
+};
+
+// Batch, channel, row and column strides, in elements.
+struct Strides4 {
+  int64_t n = 0, c = 0, h = 0, w = 0;
+};
+
+struct BottleneckConvParams {
+  BottleneckShape shape;
+  int64_t batch = 0, height = 0, width = 0;
+  int64_t out_height = 0, out_width = 0;
+  int64_t stride_h = 1, stride_w = 1;
+  int64_t pad_top = 0, pad_left = 0;
+  int64_t dilation_h = 1, dilation_w = 1;
+  const void* x = nullptr;
+  Strides4 x_strides;
+  void* y = nullptr;  // dense: channels-last where y_strides.c == 1, else contiguous
+  Strides4 y_strides;
+  const void* packed = nullptr;  // what the table's pack function wrote
+  const void* bias = nullptr;    // [c_out] in the dtype of x, or null
+  void* scratch = nullptr;       // scratch_bytes() of the plan, 64-byte aligned
+};
+
+// How one forward call is cut: `phases` runs of `parts` independent pieces each, all pieces of a phase before the
+// next phase. The caller runs the pieces on as many threads as it has.
+struct BottleneckConvPlan {
+  int64_t phases = 1;
+  int64_t parts = 1;
+  size_t scratch_bytes = 0;
+};
+
+// Gradients of the bottleneck convolution; null pointers are not computed. Weight gradients are float32 in the
+// orders of BottleneckWeights (grad_bias [c_out]); grad_x is dense in x's dtype.
+struct BottleneckConvBackwardParams {
+  BottleneckConvParams forward;  // x, sizes and scratch; y, packed and bias are not read
+  BottleneckWeights weights;
+  const void* grad_y = nullptr;
+  Strides4 grad_y_strides;
+  void* grad_x = nullptr;
+  Strides4 grad_x_strides;
+  float* grad_core = nullptr;
+  float* grad_factor_out = nullptr;
+  float* grad_factor_in = nullptr;
+  float* grad_bias = nullptr;
+};
+
+}  // namespace tensorcomp
