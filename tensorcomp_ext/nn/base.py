@@ -85,7 +85,7 @@ class FactorizedLayer(PlannedLayer):
         self.weight = weight.requires_grad_(dense.requires_grad)
         if isinstance(bias, Tensor):
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        self.training = source.training
+        self.train(source.training)
 
     def _fill(self, target: nn.Module, weight: Tensor, bias: bool = True) -> nn.Module:
         """Give a torch.nn layer a weight, this layer's bias, and this layer's state."""

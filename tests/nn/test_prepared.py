@@ -1,0 +1,233 @@
+"""Weights prepared for inference never outlive the factors they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from tensorcomp_ext.nn import FactorizedConv2d
+from tensorcomp_ext.plan import plans_for
+
+
+def make() -> FactorizedConv2d:
+    return FactorizedConv2d(6, 8, 3, padding=1, rank=(4, 3))
+
+
+def names() -> list[str]:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    return [plan.name for plan in plans_for(layer) if plan.support(layer, layer.case(x)).ok]
+
+
+every_plan = pytest.mark.parametrize("plan", names())
+
+
+def expected(layer: FactorizedConv2d, x: Tensor) -> Tensor:
+    weight = layer.weight.to_dense().detach()
+    return nn.functional.conv2d(x.to(weight.dtype), weight, layer.bias.detach(), padding=1)
+
+
+def step(layer: FactorizedConv2d) -> None:
+    layer(torch.randn(1, 6, 5, 5, dtype=layer.weight.core.dtype)).square().sum().backward()
+    torch.optim.Adam(layer.parameters(), 0.1).step()
+
+
+def fused_step(layer: FactorizedConv2d) -> None:
+    layer(torch.randn(1, 6, 5, 5)).square().sum().backward()
+    torch.optim.AdamW(layer.parameters(), 0.1, fused=True).step()
+
+
+def in_place(layer: FactorizedConv2d) -> None:
+    with torch.no_grad():
+        layer.weight.factor_in[0, 0] += 1
+
+
+def in_inference_mode(layer: FactorizedConv2d) -> None:
+    with torch.inference_mode():
+        layer.weight.core.mul_(3)
+
+
+def load(layer: FactorizedConv2d) -> None:
+    layer.load_state_dict(make().state_dict())
+
+
+def assign(layer: FactorizedConv2d) -> None:
+    layer.load_state_dict(make().state_dict(), assign=True)
+
+
+def replace_parameter(layer: FactorizedConv2d) -> None:
+    layer.weight.factor_out = nn.Parameter(torch.randn(8, 4))
+
+
+def replace_weight(layer: FactorizedConv2d) -> None:
+    layer.weight = make().weight
+
+
+def replace_data(layer: FactorizedConv2d) -> None:
+    layer.weight.core.data = torch.randn_like(layer.weight.core)
+
+
+def write_data_then_eval(layer: FactorizedConv2d) -> None:
+    layer.weight.core.data.mul_(2)
+    layer.eval()
+
+
+def write_data_then_clear(layer: FactorizedConv2d) -> None:
+    layer.weight.core.data.mul_(2)
+    layer.clear_cache()
+
+
+def change_bias(layer: FactorizedConv2d) -> None:
+    layer.bias.data.add_(1)
+
+
+CHANGES = [
+    step,
+    fused_step,
+    in_place,
+    in_inference_mode,
+    load,
+    assign,
+    replace_parameter,
+    replace_weight,
+    replace_data,
+    write_data_then_eval,
+    write_data_then_clear,
+    change_bias,
+]
+
+
+@every_plan
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_change_is_noticed(plan: str, change: Callable[[FactorizedConv2d], None], mode: Callable[[], object]) -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    with mode():  # type: ignore[attr-defined]
+        layer(x)
+        before = layer(x)
+    change(layer)
+    with mode():  # type: ignore[attr-defined]
+        after = layer(x)
+    torch.testing.assert_close(after, expected(layer, x))
+    assert not torch.allclose(before, after)
+
+
+@every_plan
+def test_dtype_move(plan: str) -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    with torch.no_grad():
+        layer(x)
+        layer.bfloat16()
+        y = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    reference = expected(layer.float(), x)
+    assert (y.float() - reference).norm() <= 2e-2 * reference.norm()
+
+
+@every_plan
+def test_prepared_once(plan: str) -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    with torch.no_grad():
+        layer(x)
+        state = layer._prepared
+        layer(x)
+        layer(torch.randn(1, 6, 9, 9))
+    assert state is not None and layer._prepared is state
+    assert len(state.weights) == 1 and len(state.bound) == 2
+
+
+@every_plan
+def test_made_under_inference_mode(plan: str) -> None:
+    x = torch.randn(2, 6, 7, 5)
+    with torch.inference_mode():
+        layer = make()
+        layer.plan = plan
+        first = layer(x)
+        layer.weight.core.mul_(2)
+        second = layer(x)
+    torch.testing.assert_close(second - layer.bias, 2 * (first - layer.bias))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), second)
+
+
+@every_plan
+def test_prepared_under_inference_mode_serves_outside(plan: str) -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    with torch.inference_mode():
+        y = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y)
+    layer.requires_grad_(False)
+    torch.testing.assert_close(layer(x), y)
+    inner = layer(x.clone().requires_grad_())
+    inner.sum().backward()
+
+
+@every_plan
+def test_frozen_layer_with_gradients_on(plan: str) -> None:
+    layer, x = make().requires_grad_(False), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    y = layer(x)
+    assert not y.requires_grad and layer._prepared is not None
+    layer.weight.core.requires_grad_()
+    assert layer(x).requires_grad
+
+
+@every_plan
+def test_functional_call(plan: str) -> None:
+    layer, other, x = make(), make(), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    with torch.no_grad():
+        mine = layer(x)
+        theirs = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
+        torch.testing.assert_close(theirs, expected(other, x))
+        torch.testing.assert_close(layer(x), mine)
+
+
+@every_plan
+def test_parametrized_factor(plan: str) -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    with torch.no_grad():
+        layer(x)
+    parametrizations.weight_norm(layer.weight, "core")
+    with torch.no_grad():
+        layer.weight.parametrizations.core.original0.mul_(2)
+        torch.testing.assert_close(layer(x), expected(layer, x))
+    parametrize.remove_parametrizations(layer.weight, "core")
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected(layer, x))
+
+
+def test_memory_policy_keeps_no_dense_copy() -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    layer.plan, layer.prefer = "dense", "memory"
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected(layer, x))
+    assert layer._prepared is not None and not layer._prepared.weights
+    with pytest.raises(ValueError, match="'latency' or 'memory', got 'speed'"):
+        layer.prefer = "speed"
+
+
+def test_many_shapes_stay_bounded() -> None:
+    layer = make()
+    layer.plan = "staged"
+    with torch.no_grad():
+        for rows in range(3, 330):
+            layer(torch.ones(1, 6, rows, 3))
+    assert layer._prepared is not None and len(layer._prepared.bound) <= 256
+
+
+def test_data_parallel_replica_has_its_own_state() -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    with torch.no_grad():
+        layer(x)
+    assert layer._replicate_for_data_parallel()._prepared is None
+    assert layer._prepared is not None
