@@ -1,0 +1,114 @@
+"""Latencies measured side by side: the subjects take turns, so drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Latency(NamedTuple):
+    """Percentiles of the time of one call, in seconds."""
+
+    p10: float
+    p50: float
+    p90: float
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """Linearly interpolated percentile of ``values`` (any order); ``fraction`` in [0, 1]."""
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    below, above = math.floor(position), math.ceil(position)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    seconds: float,
+    *,
+    min_rounds: int = 5,
+    max_rounds: int = 2000,
+    synchronize: Callable[[], None] | None = None,
+) -> dict[str, Latency]:
+    """Time callables in turn (A B A B …) for about ``seconds`` in all, after two untimed rounds.
+
+    ``runs`` maps a name to a callable without arguments; ``synchronize`` waits for the device, for devices
+    that run behind the host. At least ``min_rounds`` rounds are timed however long they take.
+    """
+    wait = synchronize or (lambda: None)
+    for _ in range(2):
+        for run in runs.values():
+            run()
+    wait()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    stop = time.perf_counter() + seconds
+    for round_index in range(max_rounds):
+        if round_index >= min_rounds and time.perf_counter() >= stop:
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return {
+        name: Latency(percentile(taken, 0.1), percentile(taken, 0.5), percentile(taken, 0.9))
+        for name, taken in times.items()
+    }
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call ``model`` with a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+    if isinstance(example_inputs, torch.Tensor):
+        return model(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple):
+        return model(*example_inputs)
+    raise TypeError(
+        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode and give every submodule its own mode back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def device_synchronizer(model: nn.Module) -> Callable[[], None] | None:
+    """What to wait for before reading the clock: the first parameter's device, nothing on the CPU."""
+    first = next(model.parameters(), None)
+    if first is None or first.device.type != "cuda":
+        return None
+    device = first.device
+    return lambda: torch.cuda.synchronize(device)
+
+
+def measure_network(
+    models: Mapping[str, nn.Module], example_inputs: Any, seconds: float = 2.0
+) -> dict[str, Latency]:
+    """Latency of whole networks on the same input, interleaved, in evaluation mode without autograd.
+
+    ``models`` maps a name to a network, ``example_inputs`` is a tensor, a tuple or a dict; ``seconds`` is the
+    time spent on all of them together. Training modes are restored. TypeError for other example inputs.
+    """
+    if not models:
+        return {}
+    runs = {name: (lambda model=model: call_model(model, example_inputs)) for name, model in models.items()}
+    synchronize = device_synchronizer(next(iter(models.values())))
+    with evaluating(*models.values()), torch.inference_mode():
+        return interleave(runs, seconds, synchronize=synchronize)

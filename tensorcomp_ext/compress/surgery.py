@@ -1,0 +1,224 @@
+"""Replace the layers of a trained network by factorised ones."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tensorcomp_ext.compress.calls import Call, output_distance, trace
+from tensorcomp_ext.compress.factorize import Choice, choose, factorize, not_called, skipped_entry
+from tensorcomp_ext.compress.measure import fill_costs, measure_latencies
+from tensorcomp_ext.compress.report import LayerReport, Report
+from tensorcomp_ext.compress.selection import (
+    Uses,
+    as_patterns,
+    considered,
+    matches,
+    refusal,
+    require_matches,
+)
+from tensorcomp_ext.compress.swap import adopt, swapped
+from tensorcomp_ext.formats import get_format
+from tensorcomp_ext.ranks import VBMF, RankSpec
+
+Progress = Callable[[int, int, str], None]
+
+
+class CompressionResult(NamedTuple):
+    """The compressed network and what was done to it."""
+
+    model: nn.Module
+    report: Report
+
+
+def compress(
+    model: nn.Module,
+    format: str | Mapping[Any, str] | None = None,
+    rank: RankSpec | None = None,
+    example_inputs: Any = None,
+    layers: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    inplace: bool = False,
+    measure: bool = False,
+    progress: Progress | None = None,
+) -> CompressionResult:
+    """Replace convolutions and linear layers of ``model`` by factorised layers made from their weights.
+
+    Works on a deep copy unless ``inplace``; either way it succeeds whole or leaves ``model`` as it was.
+    Biases, dtype, device, training mode, ``requires_grad``, forward and backward hooks and everything outside
+    the replaced layers stay. The weights become other Parameters, so an optimizer has to be made anew.
+
+    Args: format: a format name, or a mapping from layer type or name pattern to a name, first fit; where it
+        says nothing convolutions become "tucker2" and linear layers "svd". rank: an int, a tuple (``(R_out,
+        R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense weight's parameters to keep), a
+        rule of ``tensorcomp_ext.ranks``, or a mapping from name pattern to one of these, first fit (layers
+        that none fits stay dense). Default: ``VBMF()``. example_inputs: a tensor, a tuple of positional or a
+        dict of keyword arguments. With it the compressed network is run and compared, and the report has
+        shapes and MACs. Only layers called on it are replaced. layers: patterns of the names to replace
+        (shell style, ``*`` crosses dots); None takes all. exclude: patterns of the names to leave dense.
+        measure: also measure the latency of every replaced layer, before and after (needs
+        ``example_inputs``). progress: called as ``progress(done, total, layer_name)``.
+
+    Layers that cannot be replaced without risk to the results are left dense, as are those that would not get
+    smaller, unless an int or tuple asks for it; the report gives the reasons. Patterns are shell style,
+    whole-name, and match names of convolutions and linear layers.
+
+    Cost: one decomposition per layer, in float64 on the CPU.
+
+    Raises: ValueError: a weight with NaN or Inf or without a convergent SVD (the layer is named); a pattern
+        that matches no layer; unknown format; invalid rank; nothing to replace although ``layers`` was given;
+        a compressed model that does not run on ``example_inputs``. TypeError: arguments of another type.
+
+    >>> import torch, tensorcomp_ext as tc
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    >>> result = tc.compress(net, rank=8, layers="0")
+    >>> result.report["0"].parameters_before, result.report["0"].parameters_after
+    (4096, 1024)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
+    if measure and example_inputs is None:
+        raise ValueError("compress: measure=True needs example_inputs")
+    if inplace and any(name == "" for name, _ in considered(model)):
+        raise ValueError(
+            "compress: the model is itself one layer, which cannot be replaced in place; take result.model"
+        )
+    rank = VBMF() if rank is None else rank
+    found = dict(considered(model))
+    wanted = None if layers is None else as_patterns(layers, "layers")
+    unwanted = as_patterns(exclude, "exclude")
+    _check_patterns(list(found), wanted, unwanted, format, rank)
+
+    dense_output, calls = (None, None) if example_inputs is None else trace(model, found, example_inputs)
+    uses = Uses(model)
+    entries: dict[str, LayerReport] = {}
+    choices: list[Choice] = []
+    for name, layer in found.items():
+        if (wanted is not None and not matches(name, wanted)) or matches(name, unwanted):
+            reason: str | None = "excluded" if matches(name, unwanted) else "not among the layers asked for"
+        else:
+            reason = refusal(name, layer, uses) or not_called(name, calls)
+        chosen = reason or choose(name, layer, format, rank, calls[name] if calls is not None else ())
+        if isinstance(chosen, Choice):
+            choices.append(chosen)
+        else:
+            entries[name] = skipped_entry(name, layer, chosen)
+
+    replacements: dict[str, nn.Module] = {}
+    for index, choice in enumerate(choices):
+        if progress is not None:
+            progress(index, len(choices), choice.name)
+        entries[choice.name], new = factorize(choice)
+        if new is not None:
+            replacements[choice.name] = new
+    if progress is not None:
+        progress(len(choices), len(choices), "")
+    report = Report([entries[name] for name in found], count_parameters(model), count_parameters(model))
+    if not replacements:
+        _nothing(report, wanted)
+
+    former = {name: found[name] for name in replacements}
+    target = _exchange(model, replacements, inplace, example_inputs, dense_output, calls, report)
+    report.parameters_after = count_parameters(target)
+    if calls is not None:
+        fill_costs(report, found, dict(considered(target)), calls)
+    if measure and calls is not None:
+        measure_latencies(report, former, dict(considered(target)), calls)
+    return CompressionResult(target, report)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Entries of all parameters of ``model``, shared ones once, lazy ones not."""
+    return sum(
+        p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter)
+    )
+
+
+def _check_patterns(
+    names: Sequence[str], wanted: Sequence[str] | None, unwanted: Sequence[str], format: Any, rank: Any
+) -> None:
+    require_matches(wanted or (), names, "layers")
+    require_matches(unwanted, names, "exclude")
+    if isinstance(rank, Mapping):
+        require_matches(as_patterns(rank.keys(), "rank"), names, "rank")
+    if isinstance(format, Mapping):
+        require_matches([key for key in format if isinstance(key, str)], names, "format")
+    elif not isinstance(format, (str, type(None))):
+        raise TypeError(f"compress: format must be a name or a mapping to names, got {type(format).__name__}")
+    for name in format.values() if isinstance(format, Mapping) else [format]:
+        if name is not None:
+            get_format(name)
+
+
+def _nothing(report: Report, wanted: Sequence[str] | None) -> None:
+    reasons = "; ".join(f"{layer.name or 'model'}: {layer.skipped}" for layer in report.layers[:8])
+    message = f"compress: nothing was replaced ({reasons or 'no convolution or linear layer found'})"
+    if wanted is not None:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def _exchange(
+    model: nn.Module,
+    replacements: Mapping[str, nn.Module],
+    inplace: bool,
+    example_inputs: Any,
+    dense_output: Any,
+    calls: Mapping[str, list[Call]] | None,
+    report: Report,
+) -> nn.Module:
+    """Swap the layers in the model or in its copy, and run the outcome before it is handed out."""
+    if inplace:
+        target = model
+    else:
+        try:
+            target = copy.deepcopy(model, _computed_tensors(model))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"compress: the model cannot be copied ({error}); inplace=True needs no copy"
+            ) from error
+    if "" in replacements:
+        target = adopt(replacements[""], target)
+        replacements = {}
+    else:
+        modules = dict(target.named_modules(remove_duplicate=False))
+        replacements = {name: adopt(new, modules[name]) for name, new in replacements.items()}
+    with swapped(target, replacements):
+        if calls is not None:
+            report.output_error = _verify(target, replacements, example_inputs, dense_output)
+    return target
+
+
+def _computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy with the tensors it refuses: weights that hooks compute at every call, caches."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    }
+
+
+def _verify(
+    target: nn.Module, replacements: Mapping[str, nn.Module], example_inputs: Any, dense_output: Any
+) -> float | None:
+    try:
+        output, calls = trace(target, replacements, example_inputs)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(
+            "compress: the compressed model does not run on example_inputs "
+            f"({type(error).__name__}: {error}); a module may read the weight of a replaced layer, "
+            "which has to be excluded then"
+        ) from error
+    missed = [name for name, made in calls.items() if not made]
+    if missed:
+        raise ValueError(
+            f"compress: layer {missed[0]!r} is reached by another route than its name in the module tree, so "
+            "replacing it has no effect; exclude it"
+        )
+    return output_distance(dense_output, output)
