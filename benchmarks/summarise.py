@@ -1,4 +1,5 @@
-"""Writes the tables of ``benchmarks/README.md`` from ``benchmarks/results/*.json``: no figure is typed by hand.
+"""Writes the tables of ``benchmarks/README.md`` from ``benchmarks/results/*.json``: no figure is typed by
+hand.
 
 ``python -m benchmarks.summarise`` fills the text between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``;
 ``--check`` changes nothing and fails where the file is not what the results give.
@@ -24,16 +25,20 @@ def conditions(results: dict[str, Any]) -> str:
     caches = ", ".join(f"L{c['level']} {c['type'].lower()} {c['size']}" for c in machine["caches"])
     native = versions["native"]["build"] or {}
     rates = [
-        f"{r['dtype']} {r['threads']} threads {r['value'] / 1e9:.0f} GFLOP/s" for r in results["rates"]["peak_flops"]
+        f"{r['dtype']} {r['threads']} threads {r['value'] / 1e9:.0f} GFLOP/s"
+        for r in results["rates"]["peak_flops"]
     ]
+    built = native.get("compiler", "nothing (reference only)")
+    effort = settings["effort"]
+    model = f"family {machine['family']}, model {machine['model']}"
     dirty = " (with uncommitted changes)" if versions["git_dirty"] else ""
     lines = [
-        f"{machine['cpu']} (family {machine['family']}, model {machine['model']}), {machine['cores']} cores; {caches}",
-        f"kernels: {results['isa']}; native code built with {native.get('compiler', 'nothing (reference only)')}",
+        f"{machine['cpu']} ({model}), {machine['cores']} cores; {caches}",
+        f"kernels: {results['isa']}; native code built with {built}",
         f"Python {versions['python']}, torch {versions['torch']}; revision {versions['git_revision']}{dirty}",
         f"measured multiply-add peak: {'; '.join(rates)}",
         f"baselines: {settings['compiled_means']}",
-        f"{settings['effort']['min_rounds']} to {settings['effort']['max_rounds']} rounds a row; {results['started']}",
+        f"{effort['min_rounds']} to {effort['max_rounds']} rounds a row; {results['started']}",
     ]
     if not results["complete"]:
         lines.append("**the run was interrupted: not all rows are there**")
@@ -41,7 +46,8 @@ def conditions(results: dict[str, Any]) -> str:
 
 
 def latency_section(results: dict[str, Any]) -> str:
-    """One run of a latency suite: conditions, summary, bfloat16, call overhead, then every row folded away."""
+    """One run of a latency suite: conditions, summary, bfloat16, call overhead, then every row folded
+    away."""
     parts = [conditions(results), markdown(summary_table(results))]
     if results["summary"]["bfloat16"]:
         parts.append(markdown(bfloat16_table(results)))
@@ -77,10 +83,10 @@ def accuracy_section(results: dict[str, Any]) -> str:
             dense, ours = entry["dense_us"] / 1e3, entry["compressed_us"] / 1e3
             cells.append(f"{dense:.2f} / {ours:.2f}, {entry['ratio']:.2f}")
         body.append(cells)
-    versions = results["versions"]
+    versions, config = results["versions"], results["config"]
     note = (
-        f"{results['machine']['cpu']}, {results['config']['threads']} threads, torch {versions['torch']}, seed "
-        f"{results['config']['seed']}, revision {versions['git_revision']}"
+        f"{results['machine']['cpu']}, {config['threads']} threads, torch {versions['torch']}, "
+        f"seed {config['seed']}, revision {versions['git_revision']}"
     )
     return f"- {note}\n\n{markdown((head, body))}"
 
@@ -107,8 +113,12 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where the tables are out of date")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, fail where the tables are out of date"
+    )
     parser.add_argument("--folder", type=Path, default=HERE, help="where README.md and results/ lie")
     options = parser.parse_args(arguments)
     readme = options.folder / "README.md"

@@ -1,7 +1,7 @@
 """A few rows under pytest-benchmark: ``pytest benchmarks/ --benchmark-only``.
 
-For following one machine over time (``--benchmark-autosave``, ``--benchmark-compare``). The comparison with the
-library, interleaved and against the roofline, is ``python -m benchmarks.run``.
+For following one machine over time (``--benchmark-autosave``, ``--benchmark-compare``). The comparison with
+the library, interleaved and against the roofline, is ``python -m benchmarks.run``.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import torch
 
 from .cases import DTYPES, Case
 
-_PROBE_S = 0.15
-_REPEATS = 3
+_PROBE_S = 0.1
+_REPEATS = 5
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ def summarise_rows(rows: Sequence[Row]) -> dict[str, Any]:
             groups.setdefault((dtype, direction, threads, name), []).append(row)
     layouts = {_group(row)[3] for row in rows}
     found = []
-    for (dtype, direction, threads, layout), members in groups.items():
+    order = sorted(groups.items(), key=lambda item: item[0][3] == "all")  # stable: in the order of the rows
+    for (dtype, direction, threads, layout), members in order:
         if layout == "all" and len(layouts) < 2:
             continue
         head = {"dtype": dtype, "direction": direction, "threads": threads, "layout": layout}

@@ -42,8 +42,8 @@ def row_line(row: dict[str, Any]) -> str:
     return f"{head}: " + "; ".join(parts)
 
 
-def summary_table(results: dict[str, Any]) -> Table:
-    """Geometric means with the least value in brackets, a line for each group."""
+def summary_table(results: dict[str, Any], *, cases: bool = True) -> Table:
+    """Geometric means with the least value in brackets (and its case), a line for each group."""
     head = ["dtype", "direction", "threads", "layout", "cases", "over best library stages"]
     head += ["over best library way", "share of roofline", "time saved / MACs saved", "memory, worst"]
     body = []
@@ -51,19 +51,20 @@ def summary_table(results: dict[str, Any]) -> Table:
         failed = f" ({len(group['failed'])} failed)" if group["failed"] else ""
         cells = [group["dtype"], group["direction"], str(group["threads"]), group["layout"]]
         cells.append(f"{group['cases']}{failed}")
-        cells += [_spread(group[name]) for name in ("over_stages", "over_any", "roofline_share", "saved")]
+        cells += [
+            _spread(group[name], cases) for name in ("over_stages", "over_any", "roofline_share", "saved")
+        ]
         memory = group.get("memory")
         cells.append(f"{number(memory['max'])}x" if memory else "–")
         body.append(cells)
     return head, body
 
 
-def _spread(value: dict[str, Any] | None) -> str:
-    return (
-        "–"
-        if value is None
-        else f"{number(value['geomean'])} (least {number(value['min'])}: {value['min_case']})"
-    )
+def _spread(value: dict[str, Any] | None, case: bool = True) -> str:
+    if value is None:
+        return "–"
+    where = f": {value['min_case']}" if case else ""
+    return f"{number(value['geomean'])} (least {number(value['min'])}{where})"
 
 
 def bfloat16_table(results: dict[str, Any]) -> Table:

@@ -115,7 +115,7 @@ def _show(results: dict[str, Any], screen: Screen) -> None:
     for rate in results["rates"]["peak_flops"]:
         how = f"{rate['dtype']}, {rate['threads']} threads: {rate['value'] / 1e9:.0f} GFLOP/s ({rate['how']})"
         screen.say(f"peak {how}")
-    screen.show(_rich(summary_table(results), "Geometric means"))
+    screen.show(_rich(summary_table(results, cases=False), "Geometric means"))
     if results["summary"]["bfloat16"]:
         screen.show(_rich(bfloat16_table(results), "bfloat16"))
     if results.get("overhead"):

@@ -1,0 +1,1 @@
+"""Accuracy reproductions on real data and published weights."""
