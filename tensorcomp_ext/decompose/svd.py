@@ -11,7 +11,16 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from .unfolding import DecompositionError, check_rank, check_tensor, gram, project, squared_norm, unfold
+from .unfolding import (
+    BLOCK_ELEMENTS,
+    DecompositionError,
+    check_rank,
+    check_tensor,
+    gram,
+    project,
+    squared_norm,
+    unfold,
+)
 
 # m·n·min(m, n) up to which a full thin SVD takes about a tenth of a second on one core.
 DENSE_SVD_WORK = 1 << 27
@@ -153,22 +162,29 @@ def leading_factor(tensor: Tensor, mode: int, rank: int) -> Tensor:
     return vectors[:, :rank].contiguous()
 
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """All min(m, n) singular values of `matrix` [m, n], float64 on the CPU, descending.
+def singular_values(tensor: Tensor, mode: int = 0) -> Tensor:
+    """All min(m, n) singular values of a matrix [m, n], or of the mode-n unfolding of a tensor.
 
-    A small matrix goes through a real SVD. A large one goes through the eigenvalues of its Gram matrix
-    (min(m,n)²·max(m,n)/2 multiply-adds): values below about 1e-8 of the largest drown in rounding there and
-    are returned as exactly zero, as are those of dead channels.
+    Returned in float64 on the CPU, descending. A small matrix goes through a real SVD. A large one goes
+    through the eigenvalues of its Gram matrix (min(m,n)²·max(m,n)/2 multiply-adds, no copy of the tensor):
+    values below about 1e-8 of the largest drown in rounding there and are returned as exactly zero, as are
+    those of dead channels.
 
-    Raises TypeError or ValueError for anything but a finite, non-empty real matrix; DecompositionError when
-    no driver converges.
+    Raises TypeError or ValueError for anything but a finite, non-empty real tensor that has the mode;
+    DecompositionError when no driver converges.
     """
-    matrix = check_tensor(matrix, "singular_values: matrix", min_ndim=2, max_ndim=2).contiguous()
-    rows, columns = matrix.shape
+    tensor = check_tensor(tensor, "singular_values: tensor", min_ndim=2)
+    if not -tensor.ndim <= mode < tensor.ndim:
+        raise ValueError(f"singular_values: mode must be in [{-tensor.ndim}, {tensor.ndim - 1}], got {mode}")
+    mode %= tensor.ndim
+    rows = tensor.shape[mode]
+    columns = tensor.numel() // rows
     if _is_small(rows, columns):
-        return thin_svd(matrix.double())[1].clamp_min(0.0)
-    mode = 0 if rows <= columns else 1
-    squares = gram(matrix, mode)
+        return thin_svd(unfold(tensor, mode).double())[1].clamp_min(0.0)
+    if rows <= columns:
+        squares = gram(tensor.contiguous(), mode)
+    else:
+        squares = gram(unfold(tensor, mode).contiguous(), 1)
     try:
         values = scipy.linalg.eigvalsh(squares.numpy(), lower=False, check_finite=False)
     except np.linalg.LinAlgError as error:
@@ -214,7 +230,7 @@ def _matrix_error(matrix: Tensor, s: Tensor, u: Tensor, vh: Tensor) -> float:
         return math.sqrt(missing)
     left = u * s
     residual = 0.0
-    step = max(1, (1 << 22) // matrix.shape[1])
+    step = max(1, BLOCK_ELEMENTS // matrix.shape[1])
     for i in range(0, matrix.shape[0], step):
         residual += squared_norm(matrix[i : i + step].double() - left[i : i + step] @ vh)
     return math.sqrt(residual / total)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, SupportsIndex
 from torch import Tensor
 
 from .svd import CANCELLATION, leading_factor
-from .unfolding import check_rank, check_tensor, expand, project, squared_norm
+from .unfolding import BLOCK_ELEMENTS, check_rank, check_tensor, expand, project, squared_norm
 
 Factors = dict[int, Tensor]
 
@@ -77,7 +77,7 @@ def _relative_error(tensor: Tensor, total: float, core: Tensor, factors: Factors
     for mode in factors:
         if mode != first:
             partial = expand(partial, mode, factors[mode])
-    rows = max(1, (1 << 22) * tensor.shape[first] // tensor.numel())
+    rows = max(1, BLOCK_ELEMENTS * tensor.shape[first] // tensor.numel())
     residual = 0.0
     for i in range(0, tensor.shape[first], rows):
         part = tensor.narrow(first, i, min(rows, tensor.shape[first] - i))

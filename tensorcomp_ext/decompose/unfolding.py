@@ -16,7 +16,7 @@ import torch
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 22  # 32 MiB of float64: wide enough for BLAS to run at full speed
+BLOCK_ELEMENTS = 1 << 21  # 16 MiB of float64: wide enough for BLAS to run at full speed
 
 
 class DecompositionError(RuntimeError):

@@ -53,6 +53,16 @@ def test_singular_values(shape, route):
     assert torch.allclose(values, exact, rtol=1e-10)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2, -1])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (40, 2, 3), (2, 30, 4)])
+def test_singular_values_of_an_unfolding(shape, mode, route):
+    tensor = random(*shape)
+    exact = torch.linalg.svdvals(decompose.unfold(tensor, mode))
+    assert torch.allclose(decompose.singular_values(tensor, mode), exact, rtol=1e-10)
+    with pytest.raises(ValueError, match="mode must be in"):
+        decompose.singular_values(tensor, 3)
+
+
 def test_dead_channels_give_zero_on_the_gram_route(monkeypatch):
     monkeypatch.setattr(svd_module, "DENSE_SVD_WORK", 0)
     matrix = random(12, 100)

@@ -1,0 +1,23 @@
+"""Rank selection: EVBMF, energy, and budgets of parameters or operations.
+
+A rank specification is an int, a tuple, a float in (0, 1] (fraction of the dense parameters), a rule, or a
+mapping from layer-name patterns to any of these; `resolve_rank` turns it into the ranks of one weight.
+"""
+
+from .evbmf import EVBMFResult, evbmf
+from .rules import VBMF, Energy, Flops, Params, RankRule, Ratio
+from .specs import RankSpec, parse_rank, resolve_rank
+
+__all__ = [
+    "VBMF",
+    "EVBMFResult",
+    "Energy",
+    "Flops",
+    "Params",
+    "RankRule",
+    "RankSpec",
+    "Ratio",
+    "evbmf",
+    "parse_rank",
+    "resolve_rank",
+]
