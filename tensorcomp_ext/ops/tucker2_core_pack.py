@@ -1,6 +1,6 @@
 """Packing of a Tucker-2 core for kernels that read one matrix a tap.
 
-CUDA float32, float16 and bfloat16 are served by ``csrc/ops/cuda/tucker2_core_pack.cpp``, all else by the oracle.
+CUDA float32, float16 and bfloat16 are served by ``csrc/ops/cuda``, everything else by the oracle.
 """
 
 from __future__ import annotations
