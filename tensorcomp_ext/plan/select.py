@@ -99,8 +99,12 @@ def _reason(
         if name == chosen:
             return "measured fastest"
         return f"measured {medians[name] / medians[chosen]:.2f}x the time of {chosen}"
-    if tuned is not None and tuned[0] == chosen:
+    if chosen in medians:
+        return f"not measured; {chosen} was measured fastest"
+    if tuned is not None and tuned[0] == chosen and not tuned[1]:
         return "tuned at another batch" if name == chosen else f"{chosen} was tuned at another batch"
+    if tuned is not None and tuned[0] == chosen:
+        return "tuned" if name == chosen else f"{chosen} was tuned"
     if name == chosen:
         return "predicted fastest"
     return f"predicted {predicted[name] / predicted[chosen]:.2f}x the time of {chosen}"

@@ -7,25 +7,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .geometry import Bound
 
 _BOUND_LIMIT = 256
+_fused_steps = [0]
+
+
+def _count_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if any(group.get("fused") for group in optimizer.param_groups):
+        _fused_steps[0] += 1
+
+
+# Optimizers with fused=True write parameters without moving their version counters.
+register_optimizer_step_post_hook(_count_fused_step)
 
 
 class Prepared:
     """Prepared weights and bound calls for one state of a layer's factors.
 
-    A state is told by each factor's identity, version counter and data pointer. The pointers cannot be reused
-    by other memory while the state lives, because ``aliases`` keeps the storages. Writes through
-    ``Tensor.data`` move no version counter and stay unseen until ``train()``, ``eval()``, ``to()`` or
-    ``clear_cache()``.
+    A state is told by each factor's identity, version counter and data pointer, and by the count of fused
+    optimizer steps. The pointers cannot be reused by other memory while the state lives, because ``aliases`` keeps
+    the storages. Writes through ``Tensor.data`` move no version counter and stay unseen until ``train()``,
+    ``eval()``, ``to()`` or ``clear_cache()``.
     """
 
-    __slots__ = ("aliases", "bound", "device_type", "snapshot", "weights")
+    __slots__ = ("aliases", "bound", "device_type", "fused_steps", "snapshot", "weights")
 
     def __init__(self, factors: Mapping[str, Tensor]) -> None:
         self.snapshot = tuple((n, f, f._version, f.data_ptr()) for n, f in factors.items())
+        self.fused_steps = _fused_steps[0]
         self.aliases = tuple(f.detach() for f in factors.values())
         self.device_type = next(iter(factors.values())).device.type if factors else "cpu"
         self.bound: dict[tuple[Any, ...], Bound] = {}
@@ -33,6 +46,8 @@ class Prepared:
 
     def fresh(self, parameters: Mapping[str, Tensor | None]) -> bool:
         """Whether the factors among ``parameters`` are still those this state was made from."""
+        if self.fused_steps != _fused_steps[0]:
+            return False
         for name, factor, version, pointer in self.snapshot:
             if (
                 parameters.get(name) is not factor

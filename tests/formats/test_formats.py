@@ -98,13 +98,16 @@ def test_random_variance(shape: tuple[int, ...], rank: int | tuple[int, int]) ->
     fan_in = torch.Size(shape[1:]).numel()
     drawn = torch.stack([cls.random(shape, rank, dtype=torch.float64).to_dense().detach() for _ in range(8)])
     assert drawn.var().item() == pytest.approx(2 / fan_in, rel=0.1)
-    small = torch.stack([cls.random(shape, rank, 1e-4, dtype=torch.float64).to_dense().detach() for _ in range(8)])
+    small = torch.stack(
+        [cls.random(shape, rank, 1e-4, dtype=torch.float64).to_dense().detach() for _ in range(8)]
+    )
     assert small.var().item() == pytest.approx(1e-4, rel=0.1)
 
 
 def test_generator_repeats() -> None:
     first, second = (
-        Tucker2.random((4, 4, 3, 3), 2, generator=torch.Generator().manual_seed(3)).to_dense() for _ in range(2)
+        Tucker2.random((4, 4, 3, 3), 2, generator=torch.Generator().manual_seed(3)).to_dense()
+        for _ in range(2)
     )
     assert torch.equal(first, second)
 

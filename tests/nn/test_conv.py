@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d, FactorizedLinear, from_config
+from tensorcomp_ext.nn import (
+    FactorizedConv1d,
+    FactorizedConv2d,
+    FactorizedConv3d,
+    FactorizedLinear,
+    from_config,
+)
 from tensorcomp_ext.plan import plans_for
 
 GEOMETRIES: list[dict[str, Any]] = [
@@ -63,7 +69,15 @@ def test_unbatched_and_empty_batch() -> None:
 def test_constructor_follows_torch() -> None:
     ours = FactorizedConv2d(4, 6, (3, 5), 2, (1, 2), 1, 1, False, rank=2)
     theirs = nn.Conv2d(4, 6, (3, 5), 2, (1, 2), 1, 1, False)
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode"):
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "padding_mode",
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.bias is None
     assert "rank=(2, 2)" in repr(ours) and "tucker2" in repr(ours)
@@ -104,7 +118,9 @@ def test_unfit_layers_are_refused() -> None:
 
 def test_input_smaller_than_kernel() -> None:
     layer = FactorizedConv3d(2, 3, 3, rank=(2, 2))
-    with pytest.raises(ValueError, match=r"padded input \[5, 2, 5\] is smaller than the dilated kernel \[3, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"padded input \[5, 2, 5\] is smaller than the dilated kernel \[3, 3, 3\]"
+    ):
         layer(torch.randn(1, 2, 5, 2, 5))
 
 

@@ -233,7 +233,9 @@ def test_compile(pair: Pair, requires_grad: bool) -> None:
 def test_export(pair: Pair) -> None:
     layer = factorized(dense_layer(pair), pair).eval()
     x = sample(pair)
-    program = torch.export.export(nn.Sequential(layer), (x,), dynamic_shapes=[{0: torch.export.Dim("n", max=64)}])
+    program = torch.export.export(
+        nn.Sequential(layer), (x,), dynamic_shapes=[{0: torch.export.Dim("n", max=64)}]
+    )
     larger = torch.cat([x, x, x])
     assert relative(program.module()(larger), layer(larger)) < 1e-5
 

@@ -1,0 +1,197 @@
+"""Tuning: what is recorded, chosen, kept on an interrupt, and carried over as JSON."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear
+from tensorcomp_ext.plan import Timing, export_choices, get_plan, import_choices, tune, tuner
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = FactorizedConv2d(3, 8, 3, padding=1, rank=(4, 3))
+        self.norm = nn.BatchNorm2d(8)
+        self.second = FactorizedConv2d(8, 8, 3, padding=1, rank=(3, 3))
+        self.third = FactorizedConv2d(8, 8, 3, padding=1, rank=(3, 3))
+        self.drop = nn.Dropout(0.5)
+        self.unused = FactorizedLinear(4, 4, rank=2)
+        self.head = FactorizedLinear(8, 5, rank=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.third(self.second(self.norm(self.first(x))))
+        out: Tensor = self.head(self.drop(x.mean((2, 3))))
+        return out
+
+
+@pytest.fixture
+def stopwatch(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Times that a test sets, in place of measured ones."""
+    medians = {"dense": 2e-5, "staged": 1e-5, "fused": 3e-5}
+
+    def timed(calls: dict[str, Any], seconds: float, device: str = "cpu") -> dict[str, Timing]:
+        for call in calls.values():
+            call()
+        return {name: Timing(medians[name], medians[name], medians[name], 5) for name in calls}
+
+    monkeypatch.setattr(tuner, "time_interleaved", timed)
+    return medians
+
+
+X = torch.randn(2, 3, 6, 5)
+
+
+def test_choices_follow_the_medians(stopwatch: dict[str, float]) -> None:
+    model = Net()
+    result = tune(model, X)
+    assert {entry.layer: entry.choice for entry in result.layers} == dict.fromkeys(
+        ["first", "second", "third", "head"], "staged"
+    )
+    assert model.unused.tuned == {}
+    assert model.first.plans(X, training=False)[0].reason == "measured fastest"
+    with torch.no_grad():
+        model(X)
+    assert {p.name for p in model.second._chosen.values()} == {"staged"}
+    stopwatch["dense"] = 1e-6
+    tune(model, X)
+    assert model.first.plans(X, training=False)[0].name == "dense"
+    json.dumps(result.to_dict())
+
+
+def test_equal_layers_share_a_measurement(stopwatch: dict[str, float]) -> None:
+    seen: list[tuple[int, int, str]] = []
+    tune(Net(), X, progress=lambda *event: seen.append(event))
+    assert seen == [(0, 3, "first"), (1, 3, "second"), (2, 3, "head"), (3, 3, "")]
+
+
+def test_several_batches_and_kinds_of_arguments(stopwatch: dict[str, float]) -> None:
+    model = Net()
+    tune(model, [X, (X[:1],), {"x": torch.cat([X, X])}])
+    batches = sorted(int(key.split("x")[0]) for key in model.first.tuned)
+    assert batches == [1, 2, 4]
+
+
+def test_training_is_tuned_apart(stopwatch: dict[str, float]) -> None:
+    model = Net()
+    tune(model, X, training=True)
+    assert all("/training/" in key for key in model.first.tuned)
+    assert model.first.plans(X, training=True)[0].measured == 1e-5
+    assert model.first.plans(X, training=False)[0].measured is None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_model_state_is_kept(stopwatch: dict[str, float]) -> None:
+    model = Net().train()
+    model.drop.eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    tune(model, X)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_interrupt_keeps_what_is_done(stopwatch: dict[str, float]) -> None:
+    model = Net()
+
+    def interrupt(done: int, total: int, name: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    result = tune(model, X, progress=interrupt)
+    assert result.interrupted and [entry.layer for entry in result.layers] == ["first"]
+    assert model.first.tuned and not model.second.tuned and not model.head.tuned
+
+
+def test_a_layer_alone_and_real_measurement() -> None:
+    layer = FactorizedConv2d(4, 6, 3, rank=(2, 2))
+    for training in (False, True):
+        result = tune(layer, torch.randn(1, 4, 8, 8), training=training, min_seconds=0.001)
+        (entry,) = result.layers
+        timings = entry.timings
+        assert entry.layer == "" and {"dense", "staged"} <= set(timings)
+        assert entry.choice == min(timings, key=lambda name: timings[name].median)
+        assert all(0 < t.p10 <= t.median <= t.p90 for t in timings.values())
+        assert set(timings) | set(entry.unavailable) == {"dense", "staged", "fused"}
+
+
+def test_models_without_factorized_layers() -> None:
+    with pytest.raises(ValueError, match="no factorized layer"):
+        tune(nn.Conv2d(3, 3, 3), X)
+    unreached = nn.ModuleDict({"a": FactorizedLinear(4, 4, rank=2)})
+    unreached.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="reach no factorized layer"):
+        tune(unreached, X)
+
+
+def test_choices_travel_as_json(stopwatch: dict[str, float]) -> None:
+    model, other = Net(), Net()
+    tune(model, [X, X[:1]])
+    model.second.plan = "dense"
+    model.head.prefer = "memory"
+    taken = import_choices(other, json.loads(json.dumps(export_choices(model))))
+    assert taken == 8
+    assert other.first.tuned == model.first.tuned
+    assert other.second.plan == "dense" and other.head.prefer == "memory" and other.first.plan is None
+
+
+def test_choices_of_another_machine(stopwatch: dict[str, float]) -> None:
+    model, other = Net(), Net()
+    tune(model, X)
+    model.second.plan = "staged"
+    choices = export_choices(model)
+    choices["machine"] = {"cpu": "abacus"}
+    with pytest.warns(UserWarning, match=r"tuned on \['abacus'\]"):
+        assert import_choices(other, choices) == 0
+    assert other.first.tuned == {} and other.second.plan == "staged"
+    assert import_choices(other, choices, any_machine=True) == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c.update(version=2),
+        lambda c: c.update(layers=3),
+        lambda c: c["layers"].update(fifth={"tuned": {}}),
+        lambda c: c["layers"]["first"].update(plan="quick"),
+        lambda c: c["layers"]["first"].update(prefer="speed"),
+        lambda c: c["layers"]["head"].update(tuned={"1x2": {"plan": "dense"}}),
+        lambda c: next(iter(c["layers"]["head"]["tuned"].values())).update(plan="fused"),
+        lambda c: next(iter(c["layers"]["head"]["tuned"].values())).update(seconds={"dense": float("nan")}),
+    ],
+)
+def test_damaged_choices_change_nothing(damage: Any, stopwatch: dict[str, float]) -> None:
+    model, other = Net(), Net()
+    tune(model, X)
+    choices = export_choices(model)
+    damage(choices)
+    with pytest.raises(ValueError, match=r"import_choices|plan key"):
+        import_choices(other, choices)
+    assert all(not layer.tuned for layer in (other.first, other.second, other.head))
+
+
+def test_interleaving() -> None:
+    order: list[str] = []
+    timings = tuner.time_interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 1e-4)
+    assert set(timings) == {"a", "b"} and timings["a"].rounds >= 5
+    switches = sum(x != y for x, y in pairwise(order))
+    assert switches >= 2 * timings["a"].rounds - 1
+
+
+def test_traced_plan_follows_tuning(stopwatch: dict[str, float]) -> None:
+    layer = FactorizedConv2d(3, 8, 3, padding=1, rank=(2, 2))
+    tune(layer, X)
+    assert layer._traced_plans[0] == "staged"
+    stopwatch["dense"] = 1e-6
+    tune(layer, X)
+    assert layer._traced_plans[0] == "dense"
+    layer.plan = "staged"
+    assert layer._traced_plans == ("staged", "staged")
+    assert get_plan("staged").name == "staged"
