@@ -11,7 +11,9 @@ are fixed here; nothing is chosen on test images.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -78,22 +80,21 @@ def latencies(
     """Both networks at each batch size in both memory layouts, interleaved, after tuning for exactly these
     inputs."""
     found = {}
+    nets = {
+        f"{name} {layout}": copy.deepcopy(net).eval().to(memory_format=form)  # type: ignore[call-overload]
+        for name, net in (("dense", dense), ("compressed", compressed))
+        for layout, form in LAYOUTS.items()
+    }
     for batch in batches:
-        generator = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, *shape, generator=generator)
+        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
         inputs = {layout: x.contiguous(memory_format=form) for layout, form in LAYOUTS.items()}
-        nets = {"dense": dense.eval(), "compressed": compressed.eval()}
         with torch.inference_mode():
-            chosen = [tune(compressed, example).to_dict() for example in inputs.values()]
-            calls: dict[str, Callable[[], object]] = {
-                f"{name} {layout}": (lambda net=net, example=example: net(example))  # type: ignore[misc]
-                for name, net in nets.items()
-                for layout, example in inputs.items()
-            }
+            chosen = [tune(nets[f"compressed {layout}"], x).to_dict() for layout, x in inputs.items()]
+            calls = {key: functools.partial(net, inputs[key.split()[1]]) for key, net in nets.items()}
             timed = interleave(calls, EFFORT)
         best = {
             name: min((key for key in timed if key.startswith(name)), key=lambda key: timed[key].median_us)
-            for name in nets
+            for name in ("dense", "compressed")
         }
         plans: dict[str, int] = {}
         for layer in (layer for result in chosen for layer in result["layers"]):
