@@ -258,7 +258,7 @@ def _peak_growth(size, window, rank, method):
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=580,
     )
     before, growth, error = run.stdout.split()
     return int(before), int(growth), float(error)
