@@ -50,8 +50,7 @@ OpLibrary find_op_library() {
   const std::string path = op_library_path();
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) {
-    throw py::import_error(
-        "tensorcomp_ext._C: the op library is not loaded; tensorcomp_ext._native.status() says why");
+    throw py::import_error("tensorcomp_ext._C: the op library is not loaded; tensorcomp_ext._native.status() says why");
   }
   OpLibrary ops{};
   find(library, "tensorcomp_isa", ops.isa);
@@ -74,8 +73,7 @@ std::vector<std::string> split(const std::string& list) {
 
 void check_seconds(const char* function, double seconds) {
   if (!(seconds > 0.0 && seconds <= 60.0)) {
-    throw py::value_error(std::string(function) + ": seconds must be in (0, 60], got " +
-                          std::to_string(seconds));
+    throw py::value_error(std::string(function) + ": seconds must be in (0, 60], got " + std::to_string(seconds));
   }
 }
 
@@ -114,8 +112,8 @@ PYBIND11_MODULE(_C, m) {
       "set_isa_cap",
       [](const std::string& name) {
         if (ops.set_isa_cap(name.c_str()) != 0) {
-          throw py::value_error("set_isa_cap: expected one of " + std::string(ops.isa_available()) +
-                                ", got '" + name + "'");
+          throw py::value_error("set_isa_cap: expected one of " + std::string(ops.isa_available()) + ", got '" + name +
+                                "'");
         }
       },
       py::arg("name"), "Use no instruction set better than this one; an empty name removes the cap.");

@@ -17,9 +17,7 @@ namespace tensorcomp::test {
 // Exactly as many bytes as asked for, 64-byte aligned, so that a sanitizer sees any access beyond.
 class Bytes {
  public:
-  explicit Bytes(size_t size) : data_(::operator new(size, std::align_val_t{64})) {
-    std::memset(data_, 0xff, size);
-  }
+  explicit Bytes(size_t size) : data_(::operator new(size, std::align_val_t{64})) { std::memset(data_, 0xff, size); }
   ~Bytes() { ::operator delete(data_, std::align_val_t{64}); }
   Bytes(const Bytes&) = delete;
   Bytes& operator=(const Bytes&) = delete;
@@ -100,10 +98,8 @@ struct Problem {
     params.pad_left = c.pad_left;
     params.dilation_h = c.dilation_h;
     params.dilation_w = c.dilation_w;
-    params.out_height =
-        (c.height + c.pad_top + c.pad_bottom - c.dilation_h * (c.kernel_h - 1) - 1) / c.stride_h + 1;
-    params.out_width =
-        (c.width + c.pad_left + c.pad_right - c.dilation_w * (c.kernel_w - 1) - 1) / c.stride_w + 1;
+    params.out_height = (c.height + c.pad_top + c.pad_bottom - c.dilation_h * (c.kernel_h - 1) - 1) / c.stride_h + 1;
+    params.out_width = (c.width + c.pad_left + c.pad_right - c.dilation_w * (c.kernel_w - 1) - 1) / c.stride_w + 1;
     params.x = x.get();
     params.x_strides = strides(c.c_in, c.height, c.width, layout);
     params.y_strides = strides(c.c_out, params.out_height, params.out_width,
@@ -111,9 +107,7 @@ struct Problem {
     params.bias = with_bias ? bias.get() : nullptr;
   }
 
-  int64_t output_elements() const {
-    return params.batch * params.shape.c_out * params.out_height * params.out_width;
-  }
+  int64_t output_elements() const { return params.batch * params.shape.c_out * params.out_height * params.out_width; }
   BottleneckWeights weights() const { return {core.get(), factor_out.get(), factor_in.get()}; }
 
   // Element (n, t, row, column) of y in double, at its place in y.
@@ -126,12 +120,9 @@ struct Problem {
   // A slice leaves every second channel, a row of margin and three columns of margin out.
   static Strides4 strides(int64_t channels, int64_t height, int64_t width, Layout layout) {
     switch (layout) {
-      case Layout::kContiguous:
-        return {channels * height * width, height * width, width, 1};
-      case Layout::kChannelsLast:
-        return {channels * height * width, 1, width * channels, channels};
-      case Layout::kSlice:
-        break;
+      case Layout::kContiguous: return {channels * height * width, height * width, width, 1};
+      case Layout::kChannelsLast: return {channels * height * width, 1, width * channels, channels};
+      case Layout::kSlice: break;
     }
     const int64_t row = width + 3, plane = (height + 1) * row;
     return {2 * channels * plane, 2 * plane, row, 1};

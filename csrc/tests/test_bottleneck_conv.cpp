@@ -76,9 +76,9 @@ void test_matches_loops() {
             const Packing packing = threads == 2 ? Packing::kOnce : Packing::kForProblem;
             const double error = error_of(problem, threads, packing, expected);
             char text[160];
-            std::snprintf(text, sizeof text, "case %d, layout %d, %s, %s, %d threads: relative error %.2e",
-                          index, static_cast<int>(layout), dtype == DType::kFloat32 ? "float32" : "bfloat16",
-                          name.c_str(), static_cast<int>(threads), error);
+            std::snprintf(text, sizeof text, "case %d, layout %d, %s, %s, %d threads: relative error %.2e", index,
+                          static_cast<int>(layout), dtype == DType::kFloat32 ? "float32" : "bfloat16", name.c_str(),
+                          static_cast<int>(threads), error);
             subject() = text;
             CHECK(error < tolerance);
             subject() = "";

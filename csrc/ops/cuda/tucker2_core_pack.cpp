@@ -19,13 +19,10 @@ using torch::stable::Tensor;
 
 int32_t element_bytes(const Tensor& core) {
   switch (core.scalar_type()) {
-    case ScalarType::Float:
-      return 4;
+    case ScalarType::Float: return 4;
     case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    default:
-      STD_TORCH_CHECK(false, "tucker2_core_pack: core must be float32, float16 or bfloat16 on CUDA");
+    case ScalarType::BFloat16: return 2;
+    default: STD_TORCH_CHECK(false, "tucker2_core_pack: core must be float32, float16 or bfloat16 on CUDA");
   }
 }
 
@@ -49,8 +46,7 @@ Tensor tucker2_core_pack(const Tensor& core) {
   params.stride_in = core.stride(1);
   params.stride_h = core.stride(2);
   params.stride_w = core.stride(3);
-  Tensor packed =
-      torch::stable::new_empty(core, {params.kernel_h, params.kernel_w, params.rank_in, params.rank_out});
+  Tensor packed = torch::stable::new_empty(core, {params.kernel_h, params.kernel_w, params.rank_in, params.rank_out});
   params.core = core.const_data_ptr();
   params.packed = packed.mutable_data_ptr();
   STD_CUDA_CHECK(launch_tucker2_pack(params, current_stream(core.get_device_index())));

@@ -21,10 +21,10 @@ int main() {
   op->callBoxed(stack);
   const at::Tensor y = stack.at(0).toTensor();
 
-  const at::Tensor weight = at::einsum(
-      "tb,bayx,sa->tsyx", {factor_out.to(at::kDouble), core.to(at::kDouble), factor_in.to(at::kDouble)});
-  const at::Tensor dense = at::conv2d(x.to(at::kDouble), weight, bias.to(at::kDouble),
-                                      at::IntArrayRef(stride), at::IntArrayRef(padding));
+  const at::Tensor weight =
+      at::einsum("tb,bayx,sa->tsyx", {factor_out.to(at::kDouble), core.to(at::kDouble), factor_in.to(at::kDouble)});
+  const at::Tensor dense =
+      at::conv2d(x.to(at::kDouble), weight, bias.to(at::kDouble), at::IntArrayRef(stride), at::IntArrayRef(padding));
   const double error = ((y.to(at::kDouble) - dense).norm() / dense.norm()).item<double>();
   std::printf("consumer: instruction set %s, relative error %.2e\n", tensorcomp_isa(), error);
   return y.sizes() == dense.sizes() && error < 1e-5 ? 0 : 1;
