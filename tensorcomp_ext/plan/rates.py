@@ -19,6 +19,8 @@ from .cache import cache_directory, load, machine, store
 _WIDTHS = (8, 32, 128)
 _SECONDS = 0.012
 _FILE = "rates.json"
+_BUSY = 5e-4
+"""Seconds of the smallest call above which other work disturbs the machine too much to keep what was measured."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Rates:
 
 
 def _seconds(call: Callable[[], object], synchronise: Callable[[], None]) -> float:
-    """Median seconds of a call after a warm-up, within a small budget."""
+    """Least seconds of a call after a warm-up: what the machine reaches when nothing else runs."""
     call()
     samples: list[float] = []
     end = time.perf_counter() + _SECONDS
@@ -72,7 +74,7 @@ def _seconds(call: Callable[[], object], synchronise: Callable[[], None]) -> flo
         call()
         synchronise()
         samples.append(time.perf_counter() - start)
-    return sorted(samples)[len(samples) // 2]
+    return min(samples)
 
 
 def measure(dtype: torch.dtype, device: str) -> Rates:
@@ -93,11 +95,11 @@ def measure(dtype: torch.dtype, device: str) -> Rates:
             x = torch.ones(1, width, 28, 28, **options)
             kernel = torch.ones(width, width, 3, 3, **options)
             point = torch.ones(width, width, 1, 1, **options)
-            rows, matrix = torch.ones(256, width, **options), torch.ones(width, width, **options)
+            rows, matrix = torch.ones(4096, width, **options), torch.ones(width, width, **options)
             calls: dict[str, tuple[int, Callable[[], object]]] = {
                 "conv": (26 * 26 * kernel.numel(), partial(F.conv2d, x, kernel)),
                 "pointwise": (28 * 28 * point.numel(), partial(F.conv2d, x, point)),
-                "linear": (256 * matrix.numel(), partial(F.linear, rows, matrix)),
+                "linear": (4096 * matrix.numel(), partial(F.linear, rows, matrix)),
             }
             outer = torch.ones(2 * width, width, **options)
             wide = torch.ones(1, 2 * width, 28, 28, **options).contiguous(memory_format=torch.channels_last)
@@ -107,8 +109,9 @@ def measure(dtype: torch.dtype, device: str) -> Rates:
                 work = 28 * 28 * (kernel.numel() + 2 * outer.numel())
                 calls["fused"] = (work, partial(tucker2_conv2d_packed, *arguments))
             for kind, (work, call) in calls.items():
-                spent = max(_seconds(call, synchronise) - overhead, 1e-7)
-                macs[kind][width] = work / spent
+                spent = _seconds(call, synchronise)
+                # At most half is taken for overhead: a call lighter than a convolution has less of it.
+                macs[kind][width] = work / max(spent - overhead, spent / 2, 1e-9)
     return Rates({k: t for k, t in macs.items() if t}, bandwidth, overhead)
 
 
@@ -116,7 +119,10 @@ _known: dict[str, Rates] = {}
 
 
 def rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
-    """This machine's rates: from memory, from the cache file, or measured now and kept in both."""
+    """This machine's rates: from memory, from the cache file, or measured now and kept in both.
+
+    Rates measured while the machine is busy serve this process only.
+    """
     if device not in ("cpu", "cuda"):
         return Rates()
     key = f"{machine(device)}, {threads} threads, {str(dtype).removeprefix('torch.')}"
@@ -126,6 +132,7 @@ def rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
         found = Rates.from_dict(load(path).get(key))
         if found is None:
             found = measure(dtype, device)
-            store(path, key, found.to_dict())
+            if found.overhead < _BUSY:
+                store(path, key, found.to_dict())
         _known[key] = found
     return found

@@ -29,9 +29,9 @@ class Prepared:
     """Prepared weights and bound calls for one state of a layer's factors.
 
     A state is told by each factor's identity, version counter and data pointer, and by the count of fused
-    optimizer steps. The pointers cannot be reused by other memory while the state lives, because ``aliases`` keeps
-    the storages. Writes through ``Tensor.data`` move no version counter and stay unseen until ``train()``,
-    ``eval()``, ``to()`` or ``clear_cache()``.
+    optimizer steps. The pointers cannot be reused by other memory while the state lives, because ``aliases``
+    keeps the storages. Writes through ``Tensor.data`` move no version counter and stay unseen until
+    ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
     """
 
     __slots__ = ("aliases", "bound", "device_type", "fused_steps", "snapshot", "weights")
