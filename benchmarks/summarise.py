@@ -31,6 +31,7 @@ def conditions(results: dict[str, Any]) -> str:
     built = native.get("compiler", "nothing (reference only)")
     effort = settings["effort"]
     model = f"family {machine['family']}, model {machine['model']}"
+    load = ", ".join(f"{value:.2f}" for value in results["load_average"] or [])
     dirty = " (with uncommitted changes)" if versions["git_dirty"] else ""
     lines = [
         f"{machine['cpu']} ({model}), {machine['cores']} cores; {caches}",
@@ -38,7 +39,8 @@ def conditions(results: dict[str, Any]) -> str:
         f"Python {versions['python']}, torch {versions['torch']}; revision {versions['git_revision']}{dirty}",
         f"measured multiply-add peak: {'; '.join(rates)}",
         f"baselines: {settings['compiled_means']}",
-        f"{effort['min_rounds']} to {effort['max_rounds']} rounds a row; {results['started']}",
+        f"{effort['min_rounds']} to {effort['max_rounds']} rounds a row; {results['started']}; "
+        f"load average when it began: {load or 'unknown'}",
     ]
     if not results["complete"]:
         lines.append("**the run was interrupted: not all rows are there**")

@@ -137,15 +137,17 @@ class Probe:
         }
 
     def _measure_peak(self, dtype: str, threads: int) -> Rate:
-        if self._native is not None:
-            probe = self._native.fma_peak
-            total = _together(
-                lambda: float(probe(bfloat16=dtype == "bfloat16", seconds=self._seconds)), threads
-            )
-            return Rate(total, "fma_peak: independent multiply-adds in registers, all threads at once")
+        # A matrix product bounds the peak from below, should the probe not reach it.
         a = torch.randn(1024, 1024).to(DTYPES[dtype])
-        best = _fastest(lambda: torch.mm(a, a), threads, self._seconds)
-        return Rate(2 * 1024**3 / best, "torch.mm 1024x1024 (no native probe): below the true peak")
+        product = Rate(
+            2 * 1024**3 / _fastest(lambda: torch.mm(a, a), threads, self._seconds), "torch.mm 1024x1024"
+        )
+        if self._native is None:
+            return product
+        probe = self._native.fma_peak
+        total = _together(lambda: float(probe(bfloat16=dtype == "bfloat16", seconds=self._seconds)), threads)
+        native = Rate(total, "fma_peak: independent multiply-adds in registers, all threads at once")
+        return max(native, product, key=lambda rate: rate.value)
 
     def _measure_bandwidth(self, working_set: int, threads: int) -> Rate:
         if self._native is not None:

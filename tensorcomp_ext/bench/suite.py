@@ -107,6 +107,7 @@ def run_suite(
         "versions": versions(),
         "isa": isa(),
         "layer_plan": layer_plan() or "automatic",
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "settings": settings.to_dict(),
         "rows": [],
     }
