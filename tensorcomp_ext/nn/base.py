@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ..formats import Format, Rank, get_format
 from ..plan import PlannedLayer
+from ..ranks import resolve_rank
 
 _LAYERS: dict[str, type[FactorizedLayer]] = {}
 
@@ -107,8 +108,6 @@ def resolve(rank: Any, shape: Sequence[int], format: str, weight: Tensor | None 
         return rank
     if type(rank) is int and format == "svd":
         return rank
-    from ..ranks import resolve_rank
-
     if weight is None:
         if not isinstance(rank, (int, float)):
             raise ValueError(

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import plans_for
@@ -87,8 +88,6 @@ def import_choices(model: nn.Module, choices: Mapping[str, Any], *, any_machine:
 
 
 def _machine(device: str) -> str | None:
-    import torch
-
     return machine(device) if device != "cuda" or torch.cuda.is_available() else None
 
 

@@ -20,7 +20,7 @@ _WIDTHS = (8, 32, 128)
 _SECONDS = 0.012
 _FILE = "rates.json"
 _BUSY = 5e-4
-"""Seconds of the smallest call above which other work disturbs the machine too much to keep what was measured."""
+"""Seconds of the smallest call above which other work disturbs the machine too much."""
 
 
 @dataclass(frozen=True)
