@@ -38,7 +38,7 @@ def load_into(model: nn.Module, header: Header, tensors: Mapping[str, torch.Tens
             raise CheckpointError(
                 f"load: {path} has a factorised layer {name!r}, the model has no such module"
             )
-        old = modules[name]
+        old: Any = modules[name]
         new = _build(name, config, tensors, path)
         _check_place(name, new, old, path)
         if isinstance(old, FactorizedLayer) and old.config() == new.config():
@@ -60,7 +60,9 @@ def load_into(model: nn.Module, header: Header, tensors: Mapping[str, torch.Tens
     model.load_state_dict(dict(tensors), strict=True)
 
 
-def _build(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: str) -> nn.Module:
+def _build(
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: str
+) -> FactorizedLayer:
     """The layer a configuration describes, without memory, its shapes compared with the file's tensors."""
     try:
         with torch.device("meta"):

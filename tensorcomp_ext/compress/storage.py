@@ -66,7 +66,7 @@ def save(
         text = json.dumps(header, sort_keys=True, allow_nan=True)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"save: meta and layer configurations must be JSON: {error}") from error
-    _write_atomically(os.path.realpath(path), stored, {METADATA_KEY: text, "format": "pt"})
+    _write_atomically(os.path.realpath(path), stored, {METADATA_KEY: text})
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -83,8 +83,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     copied. Parameters and buffers take the dtype of the file and keep the device of the model; training mode
     and hooks stay; tuned plans are taken over.
 
-    Raises: ValueError (CheckpointError): no such format, truncated, damaged, of a newer version, for another
-        model. The model is as it was. OSError: the file cannot be opened.
+    Raises:
+        ValueError (CheckpointError): no such format, truncated, damaged, of a newer version, for another
+            model. The model is as it was.
+        OSError: the file cannot be opened.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load: model must be a torch.nn.Module, got {type(model).__name__}")

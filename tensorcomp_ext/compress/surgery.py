@@ -53,31 +53,36 @@ def compress(
     Biases, dtype, device, training mode, ``requires_grad``, forward and backward hooks and everything outside
     the replaced layers stay. The weights become other Parameters, so an optimizer has to be made anew.
 
-    Args: format: a format name, or a mapping from layer type or name pattern to a name, first fit; where it
-        says nothing convolutions become "tucker2" and linear layers "svd". rank: an int, a tuple (``(R_out,
-        R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense weight's parameters to keep), a
-        rule of ``tensorcomp_ext.ranks``, or a mapping from name pattern to one of these, first fit (layers
-        that none fits stay dense). Default: ``VBMF()``. example_inputs: a tensor, a tuple of positional or a
-        dict of keyword arguments. With it the compressed network is run and compared, and the report has
-        shapes and MACs. Only layers called on it are replaced. layers: patterns of the names to replace
-        (shell style, ``*`` crosses dots); None takes all. exclude: patterns of the names to leave dense.
-        measure: also measure the latency of every replaced layer, before and after (needs
-        ``example_inputs``). progress: called as ``progress(done, total, layer_name)``.
+    Args:
+        format: a format name, or a mapping from layer type or name pattern to a name, first fit; where it
+            says nothing convolutions become "tucker2" and linear layers "svd".
+        rank: an int, a tuple (``(R_out, R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense
+            weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, or a mapping from name pattern
+            to one of these, first fit, "*" last (layers that none fits stay dense). Default: ``VBMF()``.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it the compressed
+            network is run and compared, and the report has shapes and MACs. Only layers called on it are
+            replaced.
+        layers: patterns of the names to replace; None takes all.
+        exclude: patterns of the names to leave dense.
+        inplace: change ``model`` itself.
+        measure: also measure the latency of every replaced layer, before and after (on ``example_inputs``).
+        progress: called as ``progress(done, total, layer_name)``.
 
     Layers that cannot be replaced without risk to the results are left dense, as are those that would not get
-    smaller, unless an int or tuple asks for it; the report gives the reasons. Patterns are shell style,
-    whole-name, and match names of convolutions and linear layers.
+    smaller, unless an int or tuple asks for it; the report gives the reasons. Patterns are shell style
+    (``*`` crosses dots) and match whole names of convolutions and linear layers.
 
     Cost: one decomposition per layer, in float64 on the CPU.
 
-    Raises: ValueError: a weight with NaN or Inf or without a convergent SVD (the layer is named); a pattern
-        that matches no layer; unknown format; invalid rank; nothing to replace although ``layers`` was given;
-        a compressed model that does not run on ``example_inputs``. TypeError: arguments of another type.
+    Raises:
+        ValueError: a weight with NaN or Inf or without a convergent SVD (the layer is named); a pattern that
+            matches no layer; unknown format; invalid rank; nothing to replace although ``layers`` was given;
+            a compressed model that does not run on ``example_inputs``.
+        TypeError: arguments of another type.
 
-    >>> import torch, tensorcomp_ext as tc
-    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-    >>> result = tc.compress(net, rank=8, layers="0")
-    >>> result.report["0"].parameters_before, result.report["0"].parameters_after
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> model, report = compress(net, rank=8, layers="0")
+    >>> report["0"].parameters_before, report["0"].parameters_after
     (4096, 1024)
     """
     if not isinstance(model, nn.Module):

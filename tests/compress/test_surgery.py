@@ -49,7 +49,7 @@ def test_relative_error_is_that_of_the_stored_weight():
     model, report = compress(net, rank={"body.1": (6, 4)})
     dense = net.body[1].weight.double()
     expected = (model.body[1].to_dense().weight.double() - dense).norm() / dense.norm()
-    assert report["body.1"].relative_error == pytest.approx(float(expected), rel=1e-4)
+    assert report["body.1"].relative_error == pytest.approx(expected.item(), rel=1e-4)
     assert report["body.1"].rank == (6, 4)
     assert report["body.1"].parameters_after == 16 * 4 + 6 * 4 * 9 + 24 * 6
 

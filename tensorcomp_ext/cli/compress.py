@@ -1,0 +1,252 @@
+"""``tensorcomp compress``: a trained network in, a smaller and faster one out, with what it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import nn
+
+from tensorcomp_ext import data, models, recipes
+from tensorcomp_ext.cli.common import (
+    RANK_HELP,
+    Screen,
+    build_from,
+    check_model,
+    is_checkpoint,
+    parse_batches,
+    parse_ranks,
+)
+from tensorcomp_ext.cli.html import write_report
+from tensorcomp_ext.compress.latency import Latency, measure_network
+from tensorcomp_ext.compress.measure import refresh
+from tensorcomp_ext.compress.storage import read_header, save
+from tensorcomp_ext.compress.surgery import compress as compress_network
+from tensorcomp_ext.plan import tune as tune_plans
+
+LAYER_SECONDS = 0.05  # measuring time per layer: 20 to 1,000 calls, enough for a median
+IMAGE_SIZE = {"lenet5": 28}  # side of the images a network is made for, 32 unless named
+
+
+def compress(
+    model: Annotated[str, typer.Option(help=f"Network: {', '.join(models.names())}.")],
+    rank: Annotated[list[str] | None, typer.Option(help=RANK_HELP)] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Trained weights: a torch file or one of ours."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data", exists=True, file_okay=False, help="Folder with the files of the data set."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help=f"Data set: {', '.join(data.names())}.")] = "cifar10",
+    format: Annotated[
+        str | None, typer.Option(help="Format for all layers that it is for; the others stay dense.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Replace only layers of such names. Repeat.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave layers of such names dense. Repeat.")
+    ] = None,
+    finetune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of training after decomposition.")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="Largest learning rate of that training.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed of that training.")] = 0,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the network here.")] = None,
+    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a report for a browser.")] = None,
+    tune: Annotated[bool, typer.Option(help="Measure the plans of every layer and keep the fastest.")] = True,
+    batch: Annotated[str, typer.Option(help="Batch sizes to tune and measure for.")] = "1,64",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Measuring time for the network per batch size.")
+    ] = 3.0,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last/--contiguous", help="Memory format of network and images.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compress a trained network, fine-tune it, tune it for this machine, measure it and save it."""
+    check_model(model)
+    ranks, batches = parse_ranks(rank or ["vbmf"]), parse_batches(batch)
+    if dataset not in data.names():
+        raise typer.BadParameter(f"{dataset!r} is none of {', '.join(data.names())}", param_hint="--dataset")
+    if finetune_epochs and data_dir is None and dataset != "digits":
+        raise typer.BadParameter("fine-tuning needs --data", param_hint="--finetune-epochs")
+    for path in (output, html):
+        _check_folder(path)
+    screen = Screen(as_json)
+    images = _images(model, dataset, data_dir)
+    dense, images, options = _trained(model, weights, images)
+    if channels_last:
+        dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dense.eval()
+
+    summary: dict[str, Any] = {"model": model, "options": options, "accuracy": {}, "latency": {}}
+    if images is not None:
+        summary["images"] = {"dataset": images.name, "test": len(images.test_labels)}
+        _score(screen, summary, "before", dense, images, channels_last)
+    inputs = example(images, options, model, batches[0], channels_last)
+    with screen.progress("decomposing") as tick:
+        result = compress_network(
+            dense,
+            format=format,
+            rank=ranks,
+            example_inputs=inputs,
+            layers=layers or None,
+            exclude=exclude or (),
+            progress=tick,
+        )
+    small, report = result
+    if images is not None:
+        _score(screen, summary, "decomposed", small, images, channels_last)
+        if finetune_epochs:
+            _finetune(screen, small, images, finetune_epochs, lr, seed, channels_last)
+            _score(screen, summary, "finetuned", small, images, channels_last)
+    small.eval()
+    if tune:
+        tune_for(screen, small, images, options, model, batches, channels_last)
+    with screen.progress("measuring layers") as tick:
+        refresh(report, small, inputs, dense, LAYER_SECONDS, tick)
+    for size in batches:
+        images_of = example(images, options, model, size, channels_last)
+        taken = measure_network({"dense": dense, "compressed": small}, images_of, seconds)
+        summary["latency"][str(size)] = {name: value._asdict() for name, value in taken.items()}
+    summary["bytes"] = {"before": state_bytes(dense), "after": state_bytes(small)}
+    report.details = summary
+
+    if output is not None:
+        meta: dict[str, Any] = {"model": {"name": model, **options}}
+        if images is not None:
+            meta["normalization"] = {"mean": list(images.mean), "std": list(images.std)}
+        save(small, output, report=report, meta=meta)
+        summary["output"] = {"path": str(output), "bytes": output.stat().st_size}
+    if html is not None:
+        write_report(html, report)
+    screen.show(report.table(f"{model}, one call with a batch of {batches[0]}"))
+    screen.show(summary_table(summary))
+    if output is not None:
+        screen.say(f"saved {output} ({output.stat().st_size:,} bytes)")
+    screen.result({**summary, "report": report.to_dict()})
+
+
+def _check_folder(path: Path | None) -> None:
+    """Fail before hours of work rather than after: the file's folder must exist."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint="--output, --html")
+
+
+def _images(model: str, dataset: str, root: Path | None) -> data.Dataset | None:
+    if root is None and dataset != "digits":
+        return None
+    size = IMAGE_SIZE.get(model, 32)
+    return data.load(dataset, root, size=None if dataset == "mnist" and size == 28 else size)
+
+
+def _trained(
+    name: str, weights: Path | None, images: data.Dataset | None
+) -> tuple[nn.Module, data.Dataset | None, dict[str, Any]]:
+    """The network with its weights, the images normalised as it expects them, and how to build it again."""
+    options: dict[str, Any] = {}
+    if images is not None:
+        options = {"num_classes": len(images.classes), "in_channels": images.channels}
+    if weights is None:
+        return models.build(name, **options), images, options
+    if is_checkpoint(weights):
+        header = read_header(weights)
+        network = build_from(header, weights, name)
+        recorded = header.meta.get("model")
+        options = (
+            {k: v for k, v in recorded.items() if k != "name"} if isinstance(recorded, dict) else options
+        )
+        normalization = header.meta.get("normalization")
+        pair = (normalization["mean"], normalization["std"]) if isinstance(normalization, dict) else None
+    else:
+        network = models.build(name, **options)
+        pair = models.load_weights(network, weights)
+    if images is not None and pair is not None:
+        images = images.with_normalization(*pair)
+    return network, images, options
+
+
+def example(
+    images: data.Dataset | None, options: dict[str, Any], model: str, batch: int, channels_last: bool
+) -> torch.Tensor:
+    """A batch of the size wanted: test images, over again where they run out, else noise of their shape."""
+    if images is None:
+        size = int(options.get("input_size", IMAGE_SIZE.get(model, 32)))
+        channels = int(options.get("in_channels", 1 if model == "lenet5" else 3))
+        x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+    else:
+        x = images.normalize(images.test_images[torch.arange(batch) % len(images.test_labels)])
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _score(
+    screen: Screen, summary: dict[str, Any], when: str, model: nn.Module, images: data.Dataset, last: bool
+) -> None:
+    counted = recipes.evaluate(model, images, "test", channels_last=last)
+    summary["accuracy"][when] = counted._asdict()
+    label = {"before": "dense", "decomposed": "decomposed", "finetuned": "fine-tuned"}[when]
+    screen.say(f"{label + ':':12} {counted.correct} of {counted.total} test images correct")
+
+
+def _finetune(
+    screen: Screen, model: nn.Module, images: data.Dataset, epochs: int, lr: float, seed: int, last: bool
+) -> None:
+    with screen.progress("fine-tuning") as tick:
+
+        def step(state: recipes.TrainState) -> None:
+            if tick is not None:
+                tick(state.step + 1, state.steps, f"epoch {state.epoch + 1} of {state.epochs}")
+
+        recipes.finetune(model, images, epochs=epochs, lr=lr, seed=seed, channels_last=last, progress=step)
+
+
+def tune_for(
+    screen: Screen,
+    model: nn.Module,
+    images: data.Dataset | None,
+    options: dict[str, Any],
+    name: str,
+    batches: tuple[int, ...],
+    channels_last: bool,
+    training: bool = False,
+) -> None:
+    """Tune a network for several batch sizes."""
+    inputs = [example(images, options, name, size, channels_last) for size in batches]
+    with screen.progress("tuning") as tick:
+        tune_plans(model, inputs, training=training, progress=tick)
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Accuracy, size and latency of the whole network, before and after."""
+    table = Table(title="network", show_lines=False)
+    for column in ("", "dense", "compressed", ""):
+        table.add_column(column, justify="left" if column == "" else "right")
+    accuracy = summary.get("accuracy") or {}
+    for when in ("decomposed", "finetuned"):
+        if when in accuracy:
+            before, after = accuracy["before"], accuracy[when]
+            label = "correct, decomposed" if when == "decomposed" else "correct, fine-tuned"
+            table.add_row(
+                label, str(before["correct"]), str(after["correct"]), f"of {after['total']} test images"
+            )
+    if "bytes" in summary:
+        before, after = summary["bytes"]["before"], summary["bytes"]["after"]
+        table.add_row(
+            "bytes of weights", f"{before:,}", f"{after:,}", f"{before / max(after, 1):.2f}× smaller"
+        )
+    for batch, taken in (summary.get("latency") or {}).items():
+        dense, small = Latency(**taken["dense"]), Latency(**taken["compressed"])
+        for label, index in (("p50", 1), ("p90", 2)):
+            ratio = f"{dense[index] / small[index]:.2f}× faster" if small[index] else ""
+            cells = (f"{dense[index] * 1e3:.2f}", f"{small[index] * 1e3:.2f}")
+            table.add_row(f"ms at batch {batch}, {label}", *cells, ratio)
+    return table

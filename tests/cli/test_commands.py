@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tensorcomp_ext import models
+from tensorcomp_ext.cli.main import app
+from tensorcomp_ext.compress import CheckpointError, compress, load, read_header, save
+from tensorcomp_ext.data import Dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*clipped to")
+
+FAST = ["--batch", "1", "--seconds", "0"]
+
+
+def run(*words: object, code: int = 0):
+    outcome = CliRunner().invoke(app, [str(word) for word in words])
+    assert outcome.exit_code == code, (outcome.output, outcome.exception)
+    assert "Traceback" not in outcome.output
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A LeNet-5 in a torch file, with the prefix DataParallel leaves."""
+    torch.manual_seed(0)
+    network = models.build("lenet5")
+    path = tmp_path_factory.mktemp("weights") / "lenet5.th"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(weights, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "lenet5.safetensors"
+    words = ["--model", "lenet5", "--weights", weights, "--rank", 4, "--output", path, "--no-tune"]
+    run("compress", *words, *FAST)
+    return path
+
+
+def digits(classes: int = 10) -> Dataset:
+    images = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(40) % classes
+    return Dataset("digits", images, labels, images, labels, (0.5,), (0.5,), tuple("0123456789"))
+
+
+@pytest.mark.parametrize("command", ["demo", "compress", "bench", "tune", "report", "info"])
+def test_every_command_has_help(command):
+    outcome = run(command, "--help")
+    assert "Usage: " in outcome.stdout and "--json" in outcome.stdout
+
+
+def test_module_is_the_command():
+    command = [sys.executable, "-m", "tensorcomp_ext", "info", "--json"]
+    root = Path(__file__).parents[2]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    found = json.loads(outcome.stdout)
+    assert found["torch"] == torch.__version__ and set(found["native"]) == {"ok", "reason"}
+    assert {"version", "isa", "threads", "cache", "cuda"} <= found.keys()
+
+
+def test_info_for_people():
+    assert str(torch.__version__) in run("info").stdout
+
+
+def test_compress_saves_a_network_that_loads(checkpoint, weights):
+    header = read_header(checkpoint)
+    assert header.meta["model"]["name"] == "lenet5" and header.report is not None
+    network = load(checkpoint, models.build("lenet5"))
+    dense = models.build("lenet5")
+    models.load_weights(dense, weights)
+    expected = compress(dense, rank=4).model
+    assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == {
+        k: tuple(v.shape) for k, v in expected.state_dict().items()
+    }
+
+
+def test_compress_as_json_with_accuracy(monkeypatch, weights, tmp_path):
+    images = digits()
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: images)
+    network = ["--model", "lenet5", "--weights", weights, "--dataset", "digits"]
+    ranks = ["--rank", "conv*=energy:0.9", "--rank", "0.5"]
+    files = ["--html", tmp_path / "r.html"]
+    outcome = run("compress", *network, *ranks, *files, "--finetune-epochs", 1, "--json", *FAST)
+    found = json.loads(outcome.stdout)  # nothing else on stdout
+    assert "test images correct" in outcome.stderr
+    assert set(found["accuracy"]) == {"before", "decomposed", "finetuned"}
+    assert all(counted["total"] == 40 for counted in found["accuracy"].values())
+    assert set(found["latency"]) == {"1"} and set(found["latency"]["1"]) == {"dense", "compressed"}
+    report = found["report"]
+    assert report["parameters_after"] < report["parameters_before"]
+    assert all(layer["latency_after"] for layer in report["layers"] if layer["skipped"] is None)
+    assert "<html" in (tmp_path / "r.html").read_text().lower()
+
+
+def test_compress_takes_its_own_checkpoints(checkpoint):
+    words = ["--model", "lenet5", "--weights", checkpoint, "--rank", 2, "--no-tune", "--json"]
+    found = json.loads(run("compress", *words, *FAST).stdout)
+    assert {layer["skipped"] for layer in found["report"]["layers"]} >= {"already factorised"}
+
+
+def test_report_shows_what_was_saved(checkpoint, tmp_path):
+    text = run("report", checkpoint, "--html", tmp_path / "report.html").stdout
+    header = read_header(checkpoint)
+    assert header.report is not None
+    assert all(layer.name in text for layer in header.report.replaced)
+    found = json.loads(run("report", checkpoint, "--json").stdout)
+    assert found["layers"] == header.layers and found["report"]["layer_ratio"] == header.report.layer_ratio
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
+    output = tmp_path / "tuned"
+    words = ["--checkpoint", checkpoint, "--batch", "1,2", "--output", output, "--json"]
+    found = json.loads(run("tune", *words).stdout)
+    header = read_header(output)
+    for name, batches in found["layers"].items():
+        assert set(batches) == {"1", "2"}
+        tuned = header.plans["layers"][name]["tuned"]
+        assert {entry["plan"] for entry in tuned.values()} == {
+            next(c["name"] for c in batches[size] if c["chosen"]) for size in batches
+        }
+    assert read_header(checkpoint).plans["layers"][name]["tuned"] == {}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress"],
+        ["compress", "--model", "resnet9"],
+        ["compress", "--model", "lenet5", "--rank", "some"],
+        ["compress", "--model", "lenet5", "--rank", "0"],
+        ["compress", "--model", "lenet5", "--rank", "4", "--rank", "8"],
+        ["compress", "--model", "lenet5", "--weights", "/nowhere.th"],
+        ["compress", "--model", "lenet5", "--dataset", "imagenet"],
+        ["compress", "--model", "lenet5", "--finetune-epochs", "1"],
+        ["compress", "--model", "lenet5", "--batch", "1,many"],
+        ["compress", "--model", "lenet5", "--batch", "0"],
+        ["compress", "--model", "lenet5", "--output", "/nowhere/at/all/x"],
+        ["report", "/nowhere.safetensors"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_is_status_2(words):
+    outcome = run(*words, code=2)
+    assert outcome.stdout == "" and outcome.stderr
+
+
+def test_failed_work_is_one_line_and_status_1(tmp_path, weights, checkpoint):
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(checkpoint.read_bytes()[:-5])
+    other = tmp_path / "other.th"
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, other)
+    for words in (
+        ["report", damaged],
+        ["report", weights],
+        ["tune", "--checkpoint", damaged],
+        ["tune", "--checkpoint", checkpoint, "--model", "resnet20"],
+        ["compress", "--model", "lenet5", "--weights", damaged],
+        ["compress", "--model", "lenet5", "--weights", other],
+        ["compress", "--model", "lenet5", "--weights", weights, "--data", tmp_path],
+        ["compress", "--model", "lenet5", "--rank", "nothing=4"],
+        ["compress", "--model", "lenet5", "--rank", "4", "--exclude", "convv1"],
+        ["compress", "--model", "lenet5", "--rank", "4", "--format", "tucker3"],
+    ):
+        outcome = run(*words, code=1)
+        lines = [line for line in outcome.stderr.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), outcome.stderr
+        assert outcome.stdout == ""
+
+
+def test_hostile_model_options_are_refused(tmp_path):
+    model = compress(models.build("lenet5"), rank=4).model
+    for options in ({"num_classes": 10**9}, {"num_classes": True, "path": "x"}, {"num_classes": [1]}):
+        path = tmp_path / "net"
+        save(model, path, meta={"model": {"name": "lenet5", **options}})
+        assert "error: " in run("tune", "--checkpoint", path, code=1).stderr
+    save(model, path)
+    assert "--model" in run("tune", "--checkpoint", path, code=1).stderr
+    with pytest.raises(CheckpointError):
+        load(path, models.build("resnet20"))
