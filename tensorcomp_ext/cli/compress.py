@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,6 +153,7 @@ def _trained(
     if images is not None:
         options = {"num_classes": len(images.classes), "in_channels": images.channels}
     if weights is None:
+        warnings.warn("no --weights: the network has random weights", stacklevel=2)
         return models.build(name, **options), images, options
     if is_checkpoint(weights):
         header = read_header(weights)

@@ -32,19 +32,19 @@ def fill_costs(
         if not made:
             continue
         layer.input_shape = made[0].shape
-        before = (
-            [dense_macs(dense[layer.name], call) for call in made]
-            if layer.name in dense
-            else [layer.macs_before]
-        )
-        layer.macs_before = None if None in before else sum(count for count in before if count is not None)
         new = compressed[layer.name]
+        before = [_dense_macs(dense.get(layer.name, new), call) for call in made]
+        layer.macs_before = None if None in before else sum(count for count in before if count is not None)
         if isinstance(new, FactorizedLayer):
             chosen = [chosen_plan(new, call) for call in made]
             layer.macs_after = sum(plan.macs for plan in chosen)
             layer.plan = chosen[0].name
         else:
             layer.macs_after = layer.macs_before
+
+
+def _dense_macs(layer: nn.Module, call: Call) -> int | None:
+    return layer.dense_macs(call.shape) if isinstance(layer, FactorizedLayer) else dense_macs(layer, call)
 
 
 def chosen_plan(layer: PlannedLayer, call: Call) -> Candidate:

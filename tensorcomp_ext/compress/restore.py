@@ -33,6 +33,7 @@ def load_into(model: nn.Module, header: Header, tensors: Mapping[str, torch.Tens
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     replacements: dict[str, nn.Module] = {}
+    made: dict[int, nn.Module] = {}
     for name, config in header.layers.items():
         if name not in modules:
             raise CheckpointError(
@@ -47,8 +48,10 @@ def load_into(model: nn.Module, header: Header, tensors: Mapping[str, torch.Tens
             raise CheckpointError(
                 f"load: {path} is one factorised layer; give load() that layer, not a dense one"
             )
-        device = next(old.parameters()).device
-        replacements[name] = adopt(new.to_empty(device=device), old)
+        if id(old) not in made:  # a layer with two names stays one layer
+            device = next(old.parameters()).device
+            made[id(old)] = adopt(new.to_empty(device=device), old)
+        replacements[name] = made[id(old)]
 
     with swapped(model, replacements):
         _compare(model.state_dict(), tensors, path)

@@ -50,7 +50,8 @@ def save(
     """
     state = model.state_dict()
     stored, aliases = _deduplicate(state)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if isinstance(module, FactorizedLayer)}
     header = {
         "format_version": FORMAT_VERSION,
         "library_version": library_version(),

@@ -105,6 +105,18 @@ def test_compress_takes_its_own_checkpoints(checkpoint):
     assert {layer["skipped"] for layer in found["report"]["layers"]} >= {"already factorised"}
 
 
+@pytest.mark.slow
+def test_published_resnet32_keeps_its_score(data_dir):
+    weights, images = data_dir / "weights/akamaster/resnet32-d509ac18.th", data_dir / "cifar-10-batches-bin"
+    if not weights.is_file() or not images.is_dir():
+        pytest.skip(f"{data_dir} holds no unpacked CIFAR-10 (binary version) with the published weights")
+    words = ["--model", "resnet32", "--weights", weights, "--data", images, "--rank", "energy:0.95"]
+    found = json.loads(run("compress", *words, "--no-tune", "--json", *FAST).stdout)
+    assert found["accuracy"]["before"] == {"correct": 4613, "total": 5000}
+    assert found["accuracy"]["decomposed"]["correct"] > 4000
+    assert found["report"]["model_ratio"] > 1.2
+
+
 def test_report_shows_what_was_saved(checkpoint, tmp_path):
     text = run("report", checkpoint, "--html", tmp_path / "report.html").stdout
     header = read_header(checkpoint)

@@ -97,6 +97,14 @@ def test_shared_tensors_are_stored_once(tmp_path):
     assert torch.equal(untied["b"].weight, net["a"].weight) and untied["b"].weight is not untied["a"].weight
 
 
+def test_layer_with_two_names_stays_one(tmp_path):
+    layer = FactorizedLinear(32, 32, rank=3)
+    save(nn.ModuleDict({"a": layer, "b": layer}), tmp_path / "net")
+    dense = nn.Linear(32, 32)
+    fresh = load(tmp_path / "net", nn.ModuleDict({"a": dense, "b": dense}))
+    assert fresh["a"] is fresh["b"] and torch.equal(fresh["a"].weight.a, layer.weight.a)
+
+
 def test_overlapping_views_are_stored_separately(tmp_path):
     class Views(nn.Module):
         def __init__(self) -> None:
