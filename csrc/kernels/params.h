@@ -44,27 +44,28 @@ struct BottleneckConvParams {
   void* scratch = nullptr;       // scratch_bytes() of the plan, 64-byte aligned
 };
 
-// How one forward call is cut: `phases` runs of `parts` independent pieces each, all pieces of a phase before the
+// How one call is cut: `phases` runs of `parts` independent pieces each, all pieces of a phase before the
 // next phase. The caller runs the pieces on as many threads as it has.
-struct BottleneckConvPlan {
+struct BottleneckPlan {
   int64_t phases = 1;
   int64_t parts = 1;
   size_t scratch_bytes = 0;
 };
 
-// Gradients of the bottleneck convolution; null pointers are not computed. Weight gradients are float32 in the
-// orders of BottleneckWeights (grad_bias [c_out]); grad_x is dense in x's dtype.
-struct BottleneckConvBackwardParams {
-  BottleneckConvParams forward;  // x, sizes and scratch; y, packed and bias are not read
+// Gradients of the bottleneck convolution, in the dtype of the problem; null pointers are not computed. Weight
+// gradients come in the orders of BottleneckWeights, contiguous; grad_bias is [c_out]; grad_x is dense.
+struct BottleneckBackwardParams {
+  BottleneckConvParams forward;  // x, sizes and geometry; y, packed, bias and scratch are not read
   BottleneckWeights weights;
   const void* grad_y = nullptr;
   Strides4 grad_y_strides;
   void* grad_x = nullptr;
   Strides4 grad_x_strides;
-  float* grad_core = nullptr;
-  float* grad_factor_out = nullptr;
-  float* grad_factor_in = nullptr;
-  float* grad_bias = nullptr;
+  void* grad_core = nullptr;
+  void* grad_factor_out = nullptr;
+  void* grad_factor_in = nullptr;
+  void* grad_bias = nullptr;
+  void* scratch = nullptr;  // scratch_bytes of the plan, 64-byte aligned
 };
 
 }  // namespace tensorcomp

@@ -139,7 +139,7 @@ Tensor run_forward(BottleneckConvParams& p, const Tensor& x, const std::optional
   }
   const BottleneckKernels& kernels = kernel_table().bottleneck(s.dtype);
   const int64_t threads = useful_threads(bottleneck_macs(p));
-  const BottleneckConvPlan plan = kernels.plan(p, threads);
+  const BottleneckPlan plan = kernels.plan(p, threads);
   const size_t packed_bytes = weights ? (kernels.packed_bytes(s) + 63) / 64 * 64 : 0;
   Tensor scratch = empty_bytes(plan.scratch_bytes + packed_bytes);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());

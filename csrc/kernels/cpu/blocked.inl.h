@@ -20,7 +20,8 @@ struct Product {
   const int64_t* a_tap = nullptr;
   const int64_t* b_tap = nullptr;  // packed B: in steps of k; else bytes
   const char* b = nullptr;
-  bool b_packed = true;  // panels of [taps * k][panel width] one after the other
+  bool b_packed = true;    // panels of [packed_taps * k][panel width] one after the other
+  int64_t packed_taps = 0;  // 0: as many as taps
   int64_t b_k = 0;       // step of k where B is not packed
   int64_t columns = 0;
   const float* init = nullptr;
@@ -63,7 +64,7 @@ inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
     const int64_t width = units * kUnit;
     t.columns = static_cast<int>(p.columns - column < width ? p.columns - column : width);
     if (p.b_packed) {
-      t.b = p.b + column * 4 * p.k * p.taps;
+      t.b = p.b + column * 4 * p.k * (p.packed_taps ? p.packed_taps : p.taps);
       t.b_k = width * 4;
       t.b_tap_scale = t.b_k;
     } else {

@@ -73,7 +73,7 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   g.z_row = g.core_rows ? g.words_mid * g.z_pitch : round_up(g.z_width * g.words_mid, 16);
   const int64_t rows_per_thread = (p.batch * p.out_height + threads - 1) / threads;
   g.phased = threads > 1 && rows_per_thread < 8;
-  constexpr int64_t kWindowWords = 40 * 1024;  // of Z: leaves most of a private L2 to the weights
+  constexpr int64_t kWindowWords = 10 * 1024;  // of Z: leaves most of a private L2 to the weights
   int64_t rows = (kWindowWords / g.z_row - g.halo) / p.stride_h + 1;
   rows = rows / g.block * g.block;
   if (rows < g.block) rows = g.block;
@@ -464,9 +464,9 @@ class BottleneckForward {
   bool merged_ = false;
 };
 
-// The entry points of one element type.
+// The forward entry points of one element type.
 template <class T>
-struct Bottleneck {
+struct BottleneckForwardEntry {
   static size_t packed_bytes(const BottleneckShape& s) { return static_cast<size_t>(packed_layout<T>(s).total) * 4; }
 
   static void pack(const BottleneckShape& s, const BottleneckWeights& w, void* to) {
@@ -480,9 +480,9 @@ struct Bottleneck {
     pack_bottleneck<T>(p.shape, w, forms, static_cast<float*>(to));
   }
 
-  static BottleneckConvPlan plan(const BottleneckConvParams& p, int64_t threads) {
+  static BottleneckPlan plan(const BottleneckConvParams& p, int64_t threads) {
     const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
-    BottleneckConvPlan plan;
+    BottleneckPlan plan;
     plan.parts = threads;
     plan.phases = g.phased ? 3 : 1;
     plan.scratch_bytes = static_cast<size_t>(g.part_words * threads) * 4;
@@ -501,6 +501,4 @@ struct Bottleneck {
       forward.run_rows(rows * part / threads, rows * (part + 1) / threads);
     }
   }
-
-  static constexpr BottleneckKernels table() { return {packed_bytes, pack, pack_for, plan, run}; }
 };

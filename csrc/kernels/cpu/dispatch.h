@@ -14,8 +14,10 @@ struct BottleneckKernels {
   size_t (*packed_bytes)(const BottleneckShape&);
   void (*pack)(const BottleneckShape&, const BottleneckWeights&, void* to);
   void (*pack_for)(const BottleneckConvParams&, int64_t threads, const BottleneckWeights&, void* to);
-  BottleneckConvPlan (*plan)(const BottleneckConvParams&, int64_t threads);
+  BottleneckPlan (*plan)(const BottleneckConvParams&, int64_t threads);
   void (*run)(const BottleneckConvParams&, int64_t threads, int64_t phase, int64_t part);
+  BottleneckPlan (*backward_plan)(const BottleneckBackwardParams&, int64_t threads);
+  void (*backward_run)(const BottleneckBackwardParams&, int64_t threads, int64_t phase, int64_t part);
 };
 
 struct KernelTable {

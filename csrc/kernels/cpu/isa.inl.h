@@ -5,4 +5,5 @@
 #include "blocked.inl.h"
 #include "pack.inl.h"
 #include "bottleneck_conv.inl.h"
+#include "bottleneck_backward.inl.h"
 #include "peak.inl.h"

@@ -17,7 +17,7 @@ namespace {
 #include "isa.inl.h"
 }  // namespace
 
-BottleneckKernels bottleneck_bfloat16() { return Bottleneck<Bfloat16Pairs>::table(); }
+BottleneckKernels bottleneck_bfloat16() { return Bottleneck<Bfloat16Pairs, Bfloat16Widened>::table(); }
 double fma_peak_bfloat16(double seconds) { return measure_peak<PairDot>(seconds); }
 }  // namespace tensorcomp::avx512_bf16
 
