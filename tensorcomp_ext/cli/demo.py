@@ -44,8 +44,8 @@ class Lesson:
 
 LESSONS = {
     "digits": Lesson(epochs=12, batch=64, tuning_epochs=3),
-    "mnist": Lesson(epochs=1, batch=128),
-    "fashion-mnist": Lesson(epochs=1, batch=128),
+    "mnist": Lesson(epochs=2, batch=128),
+    "fashion-mnist": Lesson(epochs=2, batch=128),
     "cifar10": Lesson(epochs=5, batch=128, decay=0.02),
 }
 
