@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from tensorcomp_ext.compress.latency import Latency
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("layer", "format", "ranks", "parameters", "MACs", "error", "latency ms", "plan", "remark")
+COLUMNS = ("layer", "format", "parameters", "MACs", "error", "latency ms", "plan", "remark")
 
 
 @dataclass
@@ -55,9 +56,8 @@ class LayerReport:
         )
         return (
             self.name or "(model)",
-            self.format or "dense",
-            "×".join(map(str, self.rank)) if self.rank else "",
-            _before_after(f"{self.parameters_before:,}", f"{self.parameters_after:,}" if after else None),
+            f"{self.format} {'×'.join(map(str, self.rank or ()))}" if self.format else "dense",
+            _before_after(_count(self.parameters_before), _count(self.parameters_after) if after else None),
             _before_after(_count(self.macs_before), _count(self.macs_after) if after else None),
             "" if self.relative_error is None else f"{self.relative_error:.3f}",
             latency,
@@ -162,8 +162,7 @@ class Report:
         total = (
             "network",
             f"{len(self.replaced)} of {len(self.layers)}",
-            "",
-            _before_after(f"{self.parameters_before:,}", f"{self.parameters_after:,}"),
+            _before_after(_count(self.parameters_before), _count(self.parameters_after)),
             _before_after(_count(self.macs_before), _count(self.macs_after)),
             error,
             "",
@@ -173,17 +172,19 @@ class Report:
         return [*(layer.cells() for layer in self.layers), total]
 
     def table(self, title: str | None = None) -> Table:
-        """The report as a rich table (rich is needed only here)."""
+        """The report as a rich table, remarks below it (rich is needed only here)."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, box=box.SIMPLE_HEAD, header_style="bold")
-        used = self._used_columns()
+        rows = self.rows()
+        remarks = "\n".join(f"{row[0]}: {row[-1]}" for row in rows if row[-1])
+        table = Table(title=title, box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+        table.caption, table.caption_justify = Text(remarks, justify="left"), "left"
+        used = [index for index in self._used_columns() if COLUMNS[index] != "remark"]
         for index in used:
             numeric = COLUMNS[index] in ("parameters", "MACs", "error", "latency ms")
             table.add_column(COLUMNS[index], justify="right" if numeric else "left", no_wrap=index == 0)
-        rows = self.rows()
         for number, row in enumerate(rows):
             style = "bold" if number == len(rows) - 1 else "" if row[1] != "dense" else "dim"
             table.add_row(
@@ -216,9 +217,11 @@ def _milliseconds(latency: Latency | None) -> str | None:
 def _count(number: int | None) -> str | None:
     if number is None:
         return None
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
+    if number < 10_000:
+        return f"{number:,}"
+    for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
+        if number < 999.5 * size or unit == "G":
+            return f"{number / size:.{max(0, 2 - int(math.log10(number / size)))}f}{unit}"
     return str(number)
 
 

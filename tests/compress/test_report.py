@@ -63,6 +63,24 @@ def test_text_has_a_line_per_layer(report):
     assert "too [small] to care" in lines[2] and "→" not in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (9999, "9,999"),
+        (10_000, "10.0k"),
+        (442_368, "442k"),
+        (999_600, "1.00M"),
+        (68_864_640, "68.9M"),
+        (4_089_184_256, "4.09G"),
+        (5 * 10**12, "5000G"),
+    ],
+)
+def test_counts_have_three_digits(number, text):
+    layer = LayerReport("a", "Linear", number, number, skipped="so")
+    assert layer.cells()[2] == text
+
+
 def test_table_shows_reasons_as_written(report):
     out = io.StringIO()
     Console(file=out, width=200).print(report.table("net"))
