@@ -24,7 +24,7 @@ double error_of(Problem& problem, int64_t threads, Packing packing, const std::v
     kernels.pack_for(p, threads, problem.weights(), packed.get());
   }
   Array y(p.shape.dtype, problem.output_elements());
-  const BottleneckConvPlan plan = kernels.plan(p, threads);
+  const auto plan = kernels.plan(p, threads);
   Bytes scratch(plan.scratch_bytes);
   p.y = y.get();
   p.packed = packed.get();
