@@ -37,7 +37,9 @@ def _load(library: Path) -> Support:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return Support(False, f"{library.name} does not load under torch {torch.__version__} ({error}); {_REBUILD}")
+        return Support(
+            False, f"{library.name} does not load under torch {torch.__version__} ({error}); {_REBUILD}"
+        )
     return Support(True)
 
 

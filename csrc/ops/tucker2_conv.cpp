@@ -21,8 +21,13 @@ static_assert(sizeof(PackedHeader) == 64, "packed weights start at a cache line"
 
 PackedHeader packed_header(const BottleneckShape& s, int64_t isa) {
   const auto both = [](int64_t high, int64_t low) { return (high << 32) | low; };
-  return {PackedHeader::kMagic,      isa, static_cast<int64_t>(s.dtype), both(s.c_in, s.rank_in),
-          both(s.rank_out, s.c_out), both(s.kernel_h, s.kernel_w), {0, 0}};
+  return {PackedHeader::kMagic,
+          isa,
+          static_cast<int64_t>(s.dtype),
+          both(s.c_in, s.rank_in),
+          both(s.rank_out, s.c_out),
+          both(s.kernel_h, s.kernel_w),
+          {0, 0}};
 }
 
 std::string list(const Tensor& t) {
@@ -61,8 +66,8 @@ BottleneckShape checked_shape(const Tensor& core, const Tensor& factor_out, cons
 }
 
 BottleneckConvParams checked_problem(const BottleneckShape& s, const Tensor& x, const ConvGeometry& g) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == s.c_in, "tucker2_conv2d: x must be [N, C_in, H, W] with C_in = ",
-                  s.c_in, ", got ", list(x));
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == s.c_in, "tucker2_conv2d: x must be [N, C_in, H, W] with C_in = ", s.c_in,
+                  ", got ", list(x));
   STD_TORCH_CHECK(x.is_cpu() && has_native_dtype(x) && kernel_dtype(x) == s.dtype,
                   "tucker2_conv2d: x must lie on the CPU and have the dtype of the weights");
   STD_TORCH_CHECK(g.stride[0] > 0 && g.stride[1] > 0 && g.dilation[0] > 0 && g.dilation[1] > 0,
@@ -91,9 +96,9 @@ BottleneckConvParams checked_problem(const BottleneckShape& s, const Tensor& x, 
 
 int64_t bottleneck_macs(const BottleneckConvParams& p) {
   const BottleneckShape& s = p.shape;
-  return p.batch * (p.height * p.width * s.c_in * s.rank_in +
-                    p.out_height * p.out_width *
-                        (s.kernel_h * s.kernel_w * s.rank_in * s.rank_out + s.rank_out * s.c_out));
+  return p.batch *
+         (p.height * p.width * s.c_in * s.rank_in +
+          p.out_height * p.out_width * (s.kernel_h * s.kernel_w * s.rank_in * s.rank_out + s.rank_out * s.c_out));
 }
 
 ConvGeometry conv_geometry(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -224,8 +229,9 @@ Tensor tucker2_conv2d_packed(const Tensor& x, const Tensor& packed, std::optiona
   STD_TORCH_CHECK(std::equal(from, from + sizeof(PackedHeader), reinterpret_cast<const char*>(&expected)),
                   "tucker2_conv2d_packed: the weights were packed for other sizes, another dtype or another "
                   "instruction set: pack them again");
-  STD_TORCH_CHECK(packed.numel() == static_cast<int64_t>(sizeof(PackedHeader) + table.bottleneck(s.dtype).packed_bytes(s)),
-                  "tucker2_conv2d_packed: packed is truncated");
+  STD_TORCH_CHECK(
+      packed.numel() == static_cast<int64_t>(sizeof(PackedHeader) + table.bottleneck(s.dtype).packed_bytes(s)),
+      "tucker2_conv2d_packed: packed is truncated");
   BottleneckConvParams p = checked_problem(s, x, g);
   p.packed = from + sizeof(PackedHeader);
   return run_forward(p, x, bias, nullptr);

@@ -48,8 +48,7 @@ Gradients tucker2_conv2d_backward(const Tensor& grad, const Tensor& x, const Ten
   };
   const bool channels_last = suggests_channels_last(x);
   Tensor grad_x = wanted(0) ? empty_image(p.batch, s.c_in, p.height, p.width, channels_last, s.dtype) : empty();
-  Tensor grad_core =
-      wanted(1) ? empty_image(s.rank_out, s.rank_in, s.kernel_h, s.kernel_w, false, s.dtype) : empty();
+  Tensor grad_core = wanted(1) ? empty_image(s.rank_out, s.rank_in, s.kernel_h, s.kernel_w, false, s.dtype) : empty();
   Tensor grad_out = wanted(2) ? matrix(s.c_out, s.rank_out) : empty();
   Tensor grad_in = wanted(3) ? matrix(s.c_in, s.rank_in) : empty();
   Tensor grad_bias = wanted(4) ? empty_cpu<1>({s.c_out}, {1}, torch_dtype(s.dtype)) : empty();

@@ -45,7 +45,9 @@ def register_autocast(name: str, tensors: int) -> None:
         def cast(*args: Any, _device: str = device, _key: str = key) -> Any:
             dtype = torch.get_autocast_dtype(_device)
             low = [
-                a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+                a.to(dtype)
+                if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+                else a
                 for a in args[:tensors]
             ]
             with torch._C._ExcludeDispatchKeyGuard(

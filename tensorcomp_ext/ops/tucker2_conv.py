@@ -7,126 +7,25 @@ the oracle, and :func:`native_support` says why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, reference
 from .._native import Support
+from ._conv_arguments import (
+    Geometry,
+    IntOrPair,
+    check_arguments,
+    check_factors,
+    check_tensor,
+    resolve_geometry,
+)
 from ._register import define, fallthrough_autograd, register_autocast, register_default
 
 _NAME = "tucker2_conv2d"
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-
-IntOrPair = int | Sequence[int]
-
-
-class Geometry(NamedTuple):
-    """Stride, padding (top, bottom, left, right) and dilation of a two-dimensional convolution."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-
-    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of the output for an input of ``size`` (rows, columns)."""
-        pads = (self.padding[0] + self.padding[1], self.padding[2] + self.padding[3])
-        out = [(size[d] + pads[d] - self.dilation[d] * (kernel[d] - 1) - 1) // self.stride[d] + 1 for d in (0, 1)]
-        return out[0], out[1]
-
-
-def _pair(value: IntOrPair, argument: str, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 1:
-        pair = pair * 2
-    if len(pair) != 2 or any(v < least for v in pair):
-        raise ValueError(f"{_NAME}: {argument} must be an int or a pair of ints >= {least}, got {value}")
-    return pair[0], pair[1]
-
-
-def resolve_geometry(
-    kernel: Sequence[int], stride: IntOrPair, padding: IntOrPair | str, dilation: IntOrPair
-) -> Geometry:
-    """Bring the accepted spellings of stride, padding and dilation into one form.
-
-    Raises:
-        ValueError: a value out of range, or ``padding="same"`` with a stride above 1.
-    """
-    strides, dilations = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
-    if isinstance(padding, str):
-        if padding == "valid":
-            return Geometry(strides, (0, 0, 0, 0), dilations)
-        if padding != "same":
-            raise ValueError(f"{_NAME}: padding must be ints, 'same' or 'valid', got {padding!r}")
-        if strides != (1, 1):
-            raise ValueError(f"{_NAME}: padding='same' needs stride 1, got stride {strides}")
-        total = [dilations[d] * (kernel[d] - 1) for d in (0, 1)]
-        top, left = total[0] // 2, total[1] // 2
-        return Geometry(strides, (top, total[0] - top, left, total[1] - left), dilations)
-    if not isinstance(padding, int) and len(padding) == 4:
-        if any(v < 0 for v in padding):
-            raise ValueError(f"{_NAME}: padding must be >= 0, got {padding}")
-        top, bottom, left, right = padding
-        return Geometry(strides, (top, bottom, left, right), dilations)
-    rows, columns = _pair(padding, "padding", 0)
-    return Geometry(strides, (rows, rows, columns, columns), dilations)
-
-
-def _check_tensor(value: Tensor, argument: str, dims: int, letters: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{_NAME}: {argument} must be a tensor, got {type(value).__name__}")
-    if value.dim() != dims:
-        raise ValueError(f"{_NAME}: {argument} must be {letters}, got {list(value.shape)}")
-
-
-def check_arguments(
-    x: Tensor, core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Tensor | None, geometry: Geometry
-) -> None:
-    """Raise ``ValueError`` or ``TypeError`` naming the argument, what was expected and what was given."""
-    _check_tensor(x, "x", 4, "[N, C_in, H, W]")
-    _check_factors(core, factor_out, factor_in, bias)
-    if x.shape[1] != factor_in.shape[0]:
-        raise ValueError(
-            f"{_NAME}: factor_in must be [C_in, R_in] with C_in = {x.shape[1]}, got {list(factor_in.shape)}"
-        )
-    for value, argument in ((core, "core"), (factor_out, "factor_out"), (factor_in, "factor_in"), (bias, "bias")):
-        if value is None:
-            continue
-        if value.dtype != x.dtype:
-            raise TypeError(f"{_NAME}: {argument} must have x's dtype {x.dtype}, got {value.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{_NAME}: {argument} must be on x's device {x.device}, got {value.device}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{_NAME}: x must be of a floating dtype, got {x.dtype}")
-    rows, columns = geometry.output_size(x.shape[2:], core.shape[2:])
-    if rows < 1 or columns < 1:
-        raise ValueError(
-            f"{_NAME}: the padded input {list(x.shape[2:])} is smaller than the dilated kernel "
-            f"{list(core.shape[2:])} (padding {geometry.padding}, dilation {geometry.dilation})"
-        )
-
-
-def _check_factors(core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Tensor | None) -> None:
-    _check_tensor(core, "core", 4, "[R_out, R_in, kH, kW]")
-    _check_tensor(factor_out, "factor_out", 2, "[C_out, R_out]")
-    _check_tensor(factor_in, "factor_in", 2, "[C_in, R_in]")
-    if min(core.shape) < 1:
-        raise ValueError(f"{_NAME}: core must be [R_out, R_in, kH, kW] with no empty mode, got {list(core.shape)}")
-    if factor_out.shape[1] != core.shape[0]:
-        raise ValueError(
-            f"{_NAME}: factor_out must be [C_out, R_out] with R_out = {core.shape[0]}, got {list(factor_out.shape)}"
-        )
-    if factor_in.shape[1] != core.shape[1]:
-        raise ValueError(
-            f"{_NAME}: factor_in must be [C_in, R_in] with R_in = {core.shape[1]}, got {list(factor_in.shape)}"
-        )
-    if bias is not None:
-        _check_tensor(bias, "bias", 1, "[C_out]")
-        if bias.shape[0] != factor_out.shape[0]:
-            raise ValueError(
-                f"{_NAME}: bias must be [C_out] with C_out = {factor_out.shape[0]}, got {list(bias.shape)}"
-            )
 
 
 def native_support(
@@ -190,7 +89,7 @@ def tucker2_conv2d(
 
     Source: Tucker 1966; Kim et al. 2016.
     """
-    _check_tensor(core, "core", 4, "[R_out, R_in, kH, kW]")
+    check_tensor(core, "core", 4, "[R_out, R_in, kH, kW]")
     geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
     check_arguments(x, core, factor_out, factor_in, bias, geometry)
     if backend not in (None, "native", "reference"):
@@ -212,7 +111,7 @@ def pack_tucker2(core: Tensor, factor_out: Tensor, factor_in: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: as :func:`tucker2_conv2d`.
     """
-    _check_factors(core, factor_out, factor_in, None)
+    check_factors(core, factor_out, factor_in, None)
     return torch.ops.tensorcomp.tucker2_conv2d_pack(core.detach(), factor_out.detach(), factor_in.detach())
 
 
@@ -243,7 +142,7 @@ def tucker2_conv2d_packed(
     )
 
 
-# --- registration ---------------------------------------------------------------------------------------------------
+# --- registration ---
 
 _SCHEMAS = {
     "tucker2_conv2d": "(Tensor x, Tensor core, Tensor factor_out, Tensor factor_in, Tensor? bias=None, "
@@ -314,7 +213,9 @@ def _backward_default(
     layout = torch._prims_common.suggest_memory_format(x)
     if gradients[0] is not None:
         gradients[0] = gradients[0].contiguous(memory_format=layout)
-    return tuple(x.new_empty(0) if g is None else g if i == 0 else g.contiguous() for i, g in enumerate(gradients))
+    return tuple(
+        x.new_empty(0) if g is None else g if i == 0 else g.contiguous() for i, g in enumerate(gradients)
+    )
 
 
 def _pack_without_native(core: Tensor, factor_out: Tensor, factor_in: Tensor) -> Tensor:
@@ -322,7 +223,9 @@ def _pack_without_native(core: Tensor, factor_out: Tensor, factor_in: Tensor) ->
 
 
 def _packed_without_native(x: Tensor, packed: Tensor, bias: Tensor | None, geometry: list[int]) -> Tensor:
-    raise RuntimeError(f"{_NAME}_packed: {_native.status().reason or 'packed weights are for CPU tensors only'}")
+    raise RuntimeError(
+        f"{_NAME}_packed: {_native.status().reason or 'packed weights are for CPU tensors only'}"
+    )
 
 
 def _fake_forward(
@@ -383,13 +286,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+    x, core, factor_out, factor_in = ctx.saved_tensors
     mask = ctx.needs_input_grad[:5]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Somebody asks for second derivatives: the oracle has them.
-        return (*_reference_gradients(grad, *saved, ctx.geometry, mask, create_graph=True), None, None, None)
+        found = _reference_gradients(
+            grad, x, core, factor_out, factor_in, ctx.geometry, mask, create_graph=True
+        )
+        return (*found, None, None, None)
     bits = sum(1 << bit for bit, wanted in enumerate(mask) if wanted)
-    found = torch.ops.tensorcomp.tucker2_conv2d_backward(grad, *saved, *ctx.geometry, bits)
+    found = torch.ops.tensorcomp.tucker2_conv2d_backward(
+        grad, x, core, factor_out, factor_in, *ctx.geometry, bits
+    )
     return (*(g if wanted else None for g, wanted in zip(found, mask, strict=True)), None, None, None)
 
 

@@ -20,9 +20,9 @@ struct Product {
   const int64_t* a_tap = nullptr;
   const int64_t* b_tap = nullptr;  // packed B: in steps of k; else bytes
   const char* b = nullptr;
-  bool b_packed = true;    // panels of [packed_taps * k][panel width] one after the other
+  bool b_packed = true;     // panels of [packed_taps * k][panel width] one after the other
   int64_t packed_taps = 0;  // 0: as many as taps
-  int64_t b_k = 0;       // step of k where B is not packed
+  int64_t b_k = 0;          // step of k where B is not packed
   int64_t columns = 0;
   const float* init = nullptr;
   Init init_mode = Init::kZero;

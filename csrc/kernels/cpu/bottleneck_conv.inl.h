@@ -9,112 +9,18 @@
 // and leaves in columns form, contiguous data in rows form, and the core runs in whichever is cheaper; the
 // activations between are transposed where the two meet (they are small there).
 
-struct BottleneckGeometry {
-  bool x_rows, y_rows, core_rows;  // which form each stage works in
-  bool gather_x;                   // x is copied to `gathered` row by row first (odd strides, narrow elements)
-  int64_t words_in, words_mid, words_out;  // words of C_in, R_in, R_out
-  int64_t z_width;       // pixels of a Z row, borders included
-  int64_t z_used;        // pixels of a Z row that come from x
-  int64_t z_pitch;       // "rows" form: words between ranks
-  int64_t z_row;         // words between Z rows
-  int64_t halo;          // input rows an output row spans
-  int64_t block;         // output rows a step
-  int64_t window_out;    // output rows whose input rows fit the window
-  int64_t window_rows;   // rows of the window
-  int64_t v_pitch;       // "rows" form of V: words between ranks
-  int64_t in_block;      // input rows of one "rows" form product
-  int64_t flat_pitch;    // its pixels, padded
-  // Word offsets in the scratch of one part.
-  int64_t z, v, v_other, flat, gathered, bias, taps, part_words;
-  bool phased;
-};
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Cost in vector lanes of a piece of n columns.
-inline double lane_cost(int64_t n) { return static_cast<double>(padded_columns(n)); }
-
-template <class T>
-inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int64_t threads) {
-  const BottleneckShape& s = p.shape;
-  BottleneckGeometry g;
-  g.words_in = words<T>(s.c_in);
-  g.words_mid = words<T>(s.rank_in);
-  g.words_out = words<T>(s.rank_out);
-  const bool columns_readable = p.x_strides.c == 1 && !(T::kPairs && s.c_in % 2) && !T::kNarrow;
-  const bool rows_readable = p.x_strides.w == 1 || p.width == 1;
-  g.x_rows = !(p.x_strides.c == 1) && rows_readable;
-  g.gather_x = g.x_rows ? (T::kPairs || T::kNarrow) : !columns_readable;
-  g.y_rows = p.y_strides.c != 1;
-
-  g.z_width = (p.out_width - 1) * p.stride_w + p.dilation_w * (s.kernel_w - 1) + 1;
-  const int64_t room = g.z_width - p.pad_left;
-  g.z_used = room < 0 ? 0 : room < p.width ? room : p.width;
-  g.halo = p.dilation_h * (s.kernel_h - 1) + 1;
-
-  // The core in columns form pads R_out to a vector, in rows form it pads the image row; transposing a rank-space
-  // word costs about six lanes of multiplication.
-  const double taps = static_cast<double>(s.kernel_h * s.kernel_w);
-  const double mid = static_cast<double>(s.rank_in), out = static_cast<double>(s.rank_out);
-  const double width = static_cast<double>(p.out_width);
-  const double transpose = 6.0;
-  double columns_cost = taps * mid * lane_cost(s.rank_out);
-  double rows_cost = taps * mid * out * lane_cost(p.out_width) / width;
-  if (g.x_rows) columns_cost += transpose * mid;
-  else rows_cost += transpose * mid;
-  if (g.y_rows) columns_cost += transpose * out;
-  g.core_rows = p.stride_w == 1 && rows_cost < columns_cost;
-
-  const int64_t per_block = 28;  // pixels: two full tiles
-  g.block = (per_block + p.out_width - 1) / p.out_width;
-  if (g.block > p.out_height) g.block = p.out_height;
-
-  g.z_pitch = round_up(g.z_width, 16) + 16;
-  g.z_row = g.core_rows ? g.words_mid * g.z_pitch : round_up(g.z_width * g.words_mid, 16);
-  const int64_t rows_per_thread = (p.batch * p.out_height + threads - 1) / threads;
-  g.phased = threads > 1 && rows_per_thread < 8;
-  constexpr int64_t kWindowWords = 10 * 1024;  // of Z: leaves most of a private L2 to the weights
-  int64_t rows = (kWindowWords / g.z_row - g.halo) / p.stride_h + 1;
-  rows = rows / g.block * g.block;
-  if (rows < g.block) rows = g.block;
-  if (rows > p.out_height || g.phased) rows = p.out_height;
-  g.window_out = rows;
-  g.window_rows = (rows - 1) * p.stride_h + g.halo;
-
-  const int64_t v_rows = g.phased ? p.out_height : g.block;
-  g.v_pitch = round_up(v_rows * p.out_width, 16) + 32;
-  const int64_t v_columns_words = v_rows * p.out_width * g.words_out;
-  const int64_t v_rows_words = g.words_out * g.v_pitch;
-  // In rows form x is multiplied some image rows at a time, so that narrow images fill the vectors too.
-  const bool dense_rows = p.x_strides.h == p.width && g.z_used == p.width;
-  g.in_block = g.x_rows && dense_rows && !g.gather_x && p.width < 32 ? (32 + p.width - 1) / p.width : 1;
-  g.flat_pitch = round_up(g.in_block * p.width, 16) + 16;
-
-  int64_t at = 0;
-  const auto take = [&at](int64_t n) {
-    const int64_t start = at;
-    at += round_up(n, 16);
-    return start;
-  };
-  const int64_t images = g.phased ? p.batch : 1;
-  g.bias = take(padded_columns(s.c_out) + 16);
-  g.taps = take(4 * s.kernel_h * s.kernel_w + 4);
-  g.z = take(images * g.window_rows * g.z_row + 32);
-  g.v = take(images * (g.core_rows ? v_rows_words : v_columns_words) + 32);
-  g.v_other = g.y_rows && !g.core_rows ? take(images * v_rows_words + 32) : 0;
-  g.flat = take(g.words_mid * g.flat_pitch + 32);
-  const int64_t gathered = g.x_rows ? g.words_in * g.flat_pitch : p.width * g.words_in;
-  g.gathered = g.gather_x ? take(gathered + 32) : 0;
-  g.part_words = at;
-  return g;
-}
-
 template <class T>
 class BottleneckForward {
  public:
   BottleneckForward(const BottleneckConvParams& p, const BottleneckGeometry& g, float* scratch, float* shared)
-      : p_(p), g_(g), l_(packed_layout<T>(p.shape)), w_(static_cast<const float*>(p.packed)), own_(scratch),
-        z_(shared + g.z), v_(shared + g.v), v_other_(shared + g.v_other) {
+      : p_(p),
+        g_(g),
+        l_(packed_layout<T>(p.shape)),
+        w_(static_cast<const float*>(p.packed)),
+        own_(scratch),
+        z_(shared + g.z),
+        v_(shared + g.v),
+        v_other_(shared + g.v_other) {
     taps_a_ = reinterpret_cast<int64_t*>(own_ + g_.taps);
     taps_b_ = taps_a_ + p.shape.kernel_h * p.shape.kernel_w;
     describe_taps();
@@ -146,8 +52,7 @@ class BottleneckForward {
         const int64_t top = -p_.pad_top;
         if (g_.x_rows || g_.core_rows || g_.gather_x)
           fill(n, top + rows * part / parts, top + rows * (part + 1) / parts, top);
-        else
-          fill(n, top, top + rows, top, part, parts);
+        else fill(n, top, top + rows, top, part, parts);
       } else if (phase == 1) {
         core(z_, p_.out_height, part, parts);
       } else {
@@ -298,8 +203,7 @@ class BottleneckForward {
       if (T::kPairs && g_.core_rows && p_.shape.rank_in % 2) clear_last_halves(to, g_.z_used, g_.words_mid);
       m.c = reinterpret_cast<char*>(to);
       multiply<AOrder::kAlongK, false, Dot>(m);
-      if (g_.core_rows)
-        transpose_words(to, g_.words_mid, g_.z_used, g_.words_mid, z + p_.pad_left, g_.z_pitch);
+      if (g_.core_rows) transpose_words(to, g_.words_mid, g_.z_used, g_.words_mid, z + p_.pad_left, g_.z_pitch);
     }
   }
 
@@ -388,8 +292,7 @@ class BottleneckForward {
       m.c_segment = p_.out_width * g_.words_out * 4;
       m.store = T::kPairs ? Store::kBfloat16 : Store::kFloat;
       m.c_column = T::kPairs ? 2 : 4;
-      if (T::kPairs && p_.shape.rank_out % 2 && part == 0)
-        clear_last_halves(v_, rows * p_.out_width, g_.words_out);
+      if (T::kPairs && p_.shape.rank_out % 2 && part == 0) clear_last_halves(v_, rows * p_.out_width, g_.words_out);
       multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
       return;
     }
@@ -462,43 +365,4 @@ class BottleneckForward {
   int64_t *taps_a_, *taps_b_;
   int64_t tap_count_ = 0, tap_k_ = 0;
   bool merged_ = false;
-};
-
-// The forward entry points of one element type.
-template <class T>
-struct BottleneckForwardEntry {
-  static size_t packed_bytes(const BottleneckShape& s) { return static_cast<size_t>(packed_layout<T>(s).total) * 4; }
-
-  static void pack(const BottleneckShape& s, const BottleneckWeights& w, void* to) {
-    pack_bottleneck<T>(s, w, PackedForms{}, static_cast<float*>(to));
-  }
-
-  // Only the forms that this problem reads.
-  static void pack_for(const BottleneckConvParams& p, int64_t threads, const BottleneckWeights& w, void* to) {
-    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
-    const PackedForms forms{!g.x_rows, g.x_rows, !g.core_rows, g.core_rows, !g.y_rows, g.y_rows};
-    pack_bottleneck<T>(p.shape, w, forms, static_cast<float*>(to));
-  }
-
-  static BottleneckPlan plan(const BottleneckConvParams& p, int64_t threads) {
-    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
-    BottleneckPlan plan;
-    plan.parts = threads;
-    plan.phases = g.phased ? 3 : 1;
-    plan.scratch_bytes = static_cast<size_t>(g.part_words * threads) * 4;
-    return plan;
-  }
-
-  static void run(const BottleneckConvParams& p, int64_t threads, int64_t phase, int64_t part) {
-    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
-    float* shared = static_cast<float*>(p.scratch);
-    float* own = shared + part * g.part_words;
-    BottleneckForward<T> forward(p, g, own, g.phased ? shared : own);
-    if (g.phased) {
-      forward.run_phase(phase, part, threads);
-    } else {
-      const int64_t rows = p.batch * p.out_height;
-      forward.run_rows(rows * part / threads, rows * (part + 1) / threads);
-    }
-  }
 };

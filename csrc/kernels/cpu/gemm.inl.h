@@ -19,7 +19,7 @@ struct Tile {
   int64_t a_jump = 0;  // extra distance of the second half of the rows (two image rows in one tile)
   const char* b;       // column vector of step k of tap t lies at b + b_tap[t] + k * b_k
   int64_t b_k;
-  int64_t k;           // steps a tap
+  int64_t k;  // steps a tap
   int64_t taps;
   const int64_t* a_tap;  // bytes
   const int64_t* b_tap;  // in units of b_tap_scale bytes
@@ -64,8 +64,8 @@ struct Accumulators {
 };
 
 template <int kRows, int kUnits, bool kMaskB, class Dot>
-TC_INLINE void multiply_step(Accumulators<kRows, kUnits>& acc, const char* const (&rows)[2], int64_t row,
-                             int64_t row3, int64_t row5, int64_t offset, const char* b, int last_lanes) {
+TC_INLINE void multiply_step(Accumulators<kRows, kUnits>& acc, const char* const (&rows)[2], int64_t row, int64_t row3,
+                             int64_t row5, int64_t offset, const char* b, int last_lanes) {
   using Acc = Accumulators<kRows, kUnits>;
   constexpr int kGroup = (kRows + 1) / 2;
   Wide bw[Acc::kWides > 0 ? Acc::kWides : 1];

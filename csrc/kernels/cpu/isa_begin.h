@@ -15,9 +15,6 @@
 #if defined(__x86_64__)
 #define TC_X86 1
 #include <immintrin.h>
-#define TC_KEEP(value) asm volatile("" : "+x"(value))
-#else
-#define TC_KEEP(value) asm volatile("" : "+w"(value))
 #endif
 
 #define TC_INLINE __attribute__((always_inline)) inline

@@ -11,9 +11,10 @@ inline double measure_peak(double seconds) {
   constexpr int kChains = 12;  // more independent chains than latency x units anywhere
   constexpr int64_t kSteps = 4096;
   Wide acc[kChains];
-  const float seed[Wide::kLanes] = {};
+  float seed[Wide::kLanes] = {};
+  asm volatile("" : : "r"(seed) : "memory");  // the compiler must not know what is multiplied
   for (int i = 0; i < kChains; ++i) acc[i] = Wide::zero();
-  Wide a = Wide::load(seed), b = Wide::load(seed);
+  const Wide a = Wide::load(seed), b = Wide::load(seed);
   double best = 0.0;
   const double end = seconds_now() + seconds;
   do {
@@ -21,10 +22,8 @@ inline double measure_peak(double seconds) {
     for (int64_t s = 0; s < kSteps; ++s) {
 #pragma GCC unroll 12
       for (int i = 0; i < kChains; ++i) acc[i] = Dot::apply(a, b, acc[i]);
-      // Keeps the compiler from folding the loop, at no cost.
-#pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i) TC_KEEP(acc[i].v);
     }
+    asm volatile("" : : "r"(acc) : "memory");  // nor that nobody reads the sums
     const double rate = 2.0 * Dot::kElementsPerWord * Wide::kLanes * kChains * kSteps / (seconds_now() - start);
     if (rate > best) best = rate;
   } while (seconds_now() < end);

@@ -44,12 +44,8 @@ inline Wide fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)
 inline Half fma(Half a, Half b, Half c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
 #if defined(TC_BF16_DOT)
-inline Wide dot_pairs(Wide a, Wide b, Wide c) {
-  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
-}
-inline Half dot_pairs(Half a, Half b, Half c) {
-  return {_mm256_dpbf16_ps(c.v, (__m256bh)a.v, (__m256bh)b.v)};
-}
+inline Wide dot_pairs(Wide a, Wide b, Wide c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+inline Half dot_pairs(Half a, Half b, Half c) { return {_mm256_dpbf16_ps(c.v, (__m256bh)a.v, (__m256bh)b.v)}; }
 #endif
 
 // Words holding the bfloat16 value (rounded to nearest even) in their upper half.
@@ -154,9 +150,7 @@ struct Wide {
     return {Raw{f, f, f, f}};
   }
   void store(void* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
-  void store_first(void* p, int lanes) const {
-    __builtin_memcpy(p, &v, sizeof(float) * static_cast<size_t>(lanes));
-  }
+  void store_first(void* p, int lanes) const { __builtin_memcpy(p, &v, sizeof(float) * static_cast<size_t>(lanes)); }
 };
 using Half = Wide;
 inline Wide low(Wide a) { return a; }

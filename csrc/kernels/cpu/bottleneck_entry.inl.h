@@ -1,0 +1,72 @@
+// The kernel table's functions for the bottleneck convolution.
+
+// The forward entry points of one element type.
+template <class T>
+struct BottleneckForwardEntry {
+  static size_t packed_bytes(const BottleneckShape& s) { return static_cast<size_t>(packed_layout<T>(s).total) * 4; }
+
+  static void pack(const BottleneckShape& s, const BottleneckWeights& w, void* to) {
+    pack_bottleneck<T>(s, w, PackedForms{}, static_cast<float*>(to));
+  }
+
+  // Only the forms that this problem reads.
+  static void pack_for(const BottleneckConvParams& p, int64_t threads, const BottleneckWeights& w, void* to) {
+    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
+    const PackedForms forms{!g.x_rows, g.x_rows, !g.core_rows, g.core_rows, !g.y_rows, g.y_rows};
+    pack_bottleneck<T>(p.shape, w, forms, static_cast<float*>(to));
+  }
+
+  static BottleneckPlan plan(const BottleneckConvParams& p, int64_t threads) {
+    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
+    BottleneckPlan plan;
+    plan.parts = threads;
+    plan.phases = g.phased ? 3 : 1;
+    plan.scratch_bytes = static_cast<size_t>(g.part_words * threads) * 4;
+    return plan;
+  }
+
+  static void run(const BottleneckConvParams& p, int64_t threads, int64_t phase, int64_t part) {
+    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
+    float* shared = static_cast<float*>(p.scratch);
+    float* own = shared + part * g.part_words;
+    BottleneckForward<T> forward(p, g, own, g.phased ? shared : own);
+    if (g.phased) {
+      forward.run_phase(phase, part, threads);
+    } else {
+      const int64_t rows = p.batch * p.out_height;
+      forward.run_rows(rows * part / threads, rows * (part + 1) / threads);
+    }
+  }
+};
+
+// All entry points of one element type. Phases of backward: pack (one piece), the rows, the sums.
+template <class T, class TBackward = T>
+struct Bottleneck : BottleneckForwardEntry<T> {
+  using Forward = BottleneckForwardEntry<T>;
+
+  static BottleneckPlan backward_plan(const BottleneckBackwardParams& q, int64_t threads) {
+    const BackwardGeometry g = backward_geometry<TBackward>(q, threads);
+    BottleneckPlan plan;
+    plan.phases = 3;
+    plan.parts = threads;
+    plan.scratch_bytes = static_cast<size_t>(g.packed_words + g.part_words * threads) * 4;
+    return plan;
+  }
+
+  static void backward_run(const BottleneckBackwardParams& q, int64_t threads, int64_t phase, int64_t part) {
+    const BackwardGeometry g = backward_geometry<TBackward>(q, threads);
+    if (phase == 0) {
+      if (part == 0) BottleneckBackward<TBackward>::pack(q, g);
+      return;
+    }
+    BottleneckBackward<TBackward> backward(q, g, part);
+    const int64_t rows = q.forward.batch * q.forward.out_height;
+    if (phase == 1) backward.run_rows(rows * part / threads, rows * (part + 1) / threads);
+    else backward.reduce(part);
+  }
+
+  static constexpr BottleneckKernels table() {
+    return {Forward::packed_bytes, Forward::pack, Forward::pack_for, Forward::plan,
+            Forward::run,          backward_plan, backward_run};
+  }
+};
