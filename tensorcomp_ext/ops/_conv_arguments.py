@@ -114,11 +114,13 @@ def check_factors(core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Ten
         )
     if factor_out.shape[1] != core.shape[0]:
         raise ValueError(
-            f"{_NAME}: factor_out must be [C_out, R_out] with R_out = {core.shape[0]}, got {list(factor_out.shape)}"
+            f"{_NAME}: factor_out must be [C_out, R_out] with R_out = {core.shape[0]}, "
+            f"got {list(factor_out.shape)}"
         )
     if factor_in.shape[1] != core.shape[1]:
         raise ValueError(
-            f"{_NAME}: factor_in must be [C_in, R_in] with R_in = {core.shape[1]}, got {list(factor_in.shape)}"
+            f"{_NAME}: factor_in must be [C_in, R_in] with R_in = {core.shape[1]}, "
+            f"got {list(factor_in.shape)}"
         )
     if bias is not None:
         check_tensor(bias, "bias", 1, "[C_out]")

@@ -1,7 +1,7 @@
 """Tucker-2 convolution: schema, fake kernels, autograd, autocast and the public functions.
 
-The native library (``csrc/ops/tucker2_conv.cpp``) serves CPU float32 and bfloat16; whatever it cannot take goes to
-the oracle, and :func:`native_support` says why.
+The native library (``csrc/ops/tucker2_conv.cpp``) serves CPU float32 and bfloat16; whatever it cannot take goes
+to the oracle, and :func:`native_support` says why.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ def tucker2_conv2d(
     """Two-dimensional convolution with a Tucker-2 weight, fused into one pass.
 
     ``W[t,s,y,x] = sum_ab factor_out[t,b] core[b,a,y,x] factor_in[s,a]``; the result equals
-    ``torch.nn.functional.conv2d(x, W, bias, stride, padding, dilation)``. The rank-space activations are never
-    stored whole: forward keeps a few rows of them in cache, backward computes them again.
+    ``torch.nn.functional.conv2d(x, W, bias, stride, padding, dilation)``. The rank-space activations are
+    never stored whole: forward keeps a few rows of them in cache, backward computes them again.
 
     Args:
-        x: input ``[N, C_in, H, W]``, contiguous, channels-last or any strides; float32 or bfloat16 for native code.
+        x: input ``[N, C_in, H, W]``, contiguous, channels-last or any strides; native code takes float32 and
+            bfloat16.
         core: ``[R_out, R_in, kH, kW]``.
         factor_out: ``[C_out, R_out]``.
         factor_in: ``[C_in, R_in]``.
@@ -83,8 +84,8 @@ def tucker2_conv2d(
     Cost: ``N (H W C_in R_in + H' W' (kH kW R_in R_out + R_out C_out))`` MACs.
 
     Raises:
-        ValueError: sizes, devices or options that do not fit; ``backend="native"`` where it cannot serve (with the
-            reason).
+        ValueError: sizes, devices or options that do not fit; ``backend="native"`` where it cannot serve
+            (with the reason).
         TypeError: an argument that is no tensor, or dtypes that differ.
 
     Source: Tucker 1966; Kim et al. 2016.
@@ -148,7 +149,8 @@ _SCHEMAS = {
     "tucker2_conv2d": "(Tensor x, Tensor core, Tensor factor_out, Tensor factor_in, Tensor? bias=None, "
     "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor",
     "tucker2_conv2d_backward": "(Tensor grad, Tensor x, Tensor core, Tensor factor_out, Tensor factor_in, "
-    "int[2] stride, int[2] padding, int[2] dilation, int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int[2] stride, int[2] padding, int[2] dilation, int output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "tucker2_conv2d_pack": "(Tensor core, Tensor factor_out, Tensor factor_in) -> Tensor",
     "tucker2_conv2d_packed": "(Tensor x, Tensor packed, Tensor? bias, int[] geometry) -> Tensor",
 }
