@@ -35,19 +35,31 @@ struct Product {
 // Offsets of a product with one tap.
 constexpr int64_t kNoOffset[1] = {0};
 
-// Pieces of the product: every `part` of `parts` does an even share of (panel, segment group) pairs.
+// Even heights for the tiles of n rows; rows of a pair stay together.
+struct RowSplit {
+  int tiles, height, taller, step;  // `taller` tiles have one step more than `height`
+  RowSplit(int64_t n, bool pairs) : step(pairs ? 2 : 1) {
+    const uint32_t steps = static_cast<uint32_t>((n + step - 1) / step), most = static_cast<uint32_t>(kMaxRows / step);
+    const uint32_t count = (steps + most - 1) / most;
+    tiles = static_cast<int>(count);
+    height = static_cast<int>(steps / count) * step;
+    taller = static_cast<int>(steps % count);
+  }
+};
+
+// Every part of `parts` does an even share of the product's tiles.
 template <AOrder kOrder, bool kMaskB, class Dot>
 inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
   if (p.rows <= 0 || p.segments <= 0 || p.columns <= 0) return;
   const bool pairs = p.store == Store::kBfloat16Pairs;
   const int64_t group = p.rows * 2 <= kMaxRows && !pairs ? 2 : 1;  // segments a tile
-  const int64_t groups = (p.segments + group - 1) / group;
-  // Segments of one long row run are cut further when there are several parts to fill.
-  int64_t tiles = (p.rows + kMaxRows - 1) / kMaxRows;
-  if (pairs) tiles = (p.rows / 2 + kMaxRows / 2 - 1 + p.rows % 2) / (kMaxRows / 2);
+  const int64_t groups = group == 2 ? (p.segments + 1) / 2 : p.segments;
+  const RowSplit split(p.rows, pairs);
   const int64_t total_units = unit_count(p.columns);
-  const int64_t cost = total_units * groups * tiles;
-  const int64_t begin = cost * part / parts, end = cost * (part + 1) / parts;
+  const int64_t per_unit = groups * split.tiles;
+  const int64_t begin = parts == 1 ? 0 : total_units * per_unit * part / parts;
+  const int64_t end = parts == 1 ? total_units * per_unit : total_units * per_unit * (part + 1) / parts;
+  const int64_t a_row = kOrder == AOrder::kAlongK ? p.a_row : 4;
   Tile t;
   t.a_row = p.a_row;
   t.a_k = p.a_k;
@@ -72,70 +84,84 @@ inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
       t.b_k = p.b_k;
       t.b_tap_scale = 1;
     }
+    if (p.init_mode == Init::kColumns) t.init = p.init + column;
+    int64_t at = unit * per_unit;  // tiles are numbered so that each counts its width
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t segment = g * group;
       const bool two = group == 2 && segment + 1 < p.segments;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t at = unit * groups * tiles + (g * tiles + tile) * units;
+      t.a_jump = two ? p.a_segment - p.rows * a_row : 0;
+      t.c_jump = two ? p.c_segment - p.rows * p.c_row : 0;
+      const char* a = p.a + segment * p.a_segment;
+      char* c = p.c + segment * p.c_segment + column * p.c_column;
+      int64_t first = 0;
+      for (int tile = 0; tile < split.tiles; ++tile, at += units) {
+        int64_t height = split.height + (tile < split.taller ? split.step : 0);
+        const int64_t row = first;
+        first += height;
         if (at < begin || at >= end) continue;
-        int64_t first, last;
-        if (pairs) {
-          const int64_t row_pairs = (p.rows + 1) / 2;
-          first = 2 * (row_pairs * tile / tiles);
-          last = 2 * (row_pairs * (tile + 1) / tiles);
-          if (last > p.rows) last = p.rows;
-        } else {
-          first = p.rows * tile / tiles;
-          last = p.rows * (tile + 1) / tiles;
-        }
-        const int height = static_cast<int>(two ? 2 * p.rows : last - first);
-        t.a = p.a + segment * p.a_segment + first * (kOrder == AOrder::kAlongK ? p.a_row : 4);
-        t.a_jump = two ? p.a_segment - p.rows * (kOrder == AOrder::kAlongK ? p.a_row : 4) : 0;
-        t.c = p.c + segment * p.c_segment + (pairs ? first / 2 : first) * p.c_row + column * p.c_column;
-        t.c_jump = two ? p.c_segment - p.rows * p.c_row : 0;
-        t.init = p.init_mode == Init::kColumns ? p.init + column : p.init ? p.init + first : nullptr;
-        tile_function<kOrder, kMaskB, Dot>(height, units)(t);
+        if (row + height > p.rows) height = p.rows - row;  // an odd last row of pairs
+        t.a = a + row * a_row;
+        t.c = c + (pairs ? row / 2 : row) * p.c_row;
+        if (p.init_mode == Init::kRows) t.init = p.init + row;
+        tile_function<kOrder, kMaskB, Dot>(static_cast<int>(two ? 2 * height : height), units)(t);
       }
     }
     unit += units;
   }
 }
 
+#if defined(TC_AVX512) || defined(TC_AVX2)
+// A block of at most eight by eight words.
+template <bool kWhole>
+TC_INLINE void transpose_block(const float* from, int64_t from_row, int rows, int columns, float* to, int64_t to_row) {
+  __m256 r[8], s[8];
+#pragma GCC unroll 8
+  for (int q = 0; q < 8; ++q) {
+    if constexpr (kWhole) r[q] = Half::load(from + q * from_row).v;
+    else r[q] = q < rows ? Half::load_first(from + q * from_row, columns).v : Half::zero().v;
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < 8; q += 2) {
+    s[q] = _mm256_unpacklo_ps(r[q], r[q + 1]);
+    s[q + 1] = _mm256_unpackhi_ps(r[q], r[q + 1]);
+  }
+#pragma GCC unroll 2
+  for (int q = 0; q < 8; q += 4) {
+    r[q] = _mm256_shuffle_ps(s[q], s[q + 2], 0x44);
+    r[q + 1] = _mm256_shuffle_ps(s[q], s[q + 2], 0xee);
+    r[q + 2] = _mm256_shuffle_ps(s[q + 1], s[q + 3], 0x44);
+    r[q + 3] = _mm256_shuffle_ps(s[q + 1], s[q + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    s[q] = _mm256_permute2f128_ps(r[q], r[q + 4], 0x20);
+    s[q + 4] = _mm256_permute2f128_ps(r[q], r[q + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < 8; ++q) {
+    if constexpr (kWhole) Half{s[q]}.store(to + q * to_row);
+    else if (q < columns) Half{s[q]}.store_first(to + q * to_row, rows);
+  }
+}
+#endif
+
 // Transposes 32-bit words: to[j * to_row + i] = from[i * from_row + j] (strides in words).
 inline void transpose_words(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
                             int64_t to_row) {
-  int64_t i = 0;
 #if defined(TC_AVX512) || defined(TC_AVX2)
-  for (; i + 8 <= rows; i += 8) {
-    int64_t j = 0;
-    for (; j + 8 <= columns; j += 8) {
-      __m256 r[8], s[8];
-#pragma GCC unroll 8
-      for (int q = 0; q < 8; ++q) r[q] = _mm256_loadu_ps(from + (i + q) * from_row + j);
-#pragma GCC unroll 4
-      for (int q = 0; q < 8; q += 2) {
-        s[q] = _mm256_unpacklo_ps(r[q], r[q + 1]);
-        s[q + 1] = _mm256_unpackhi_ps(r[q], r[q + 1]);
-      }
-#pragma GCC unroll 2
-      for (int q = 0; q < 8; q += 4) {
-        r[q] = _mm256_shuffle_ps(s[q], s[q + 2], 0x44);
-        r[q + 1] = _mm256_shuffle_ps(s[q], s[q + 2], 0xee);
-        r[q + 2] = _mm256_shuffle_ps(s[q + 1], s[q + 3], 0x44);
-        r[q + 3] = _mm256_shuffle_ps(s[q + 1], s[q + 3], 0xee);
-      }
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        _mm256_storeu_ps(to + (j + q) * to_row + i, _mm256_permute2f128_ps(r[q], r[q + 4], 0x20));
-        _mm256_storeu_ps(to + (j + q + 4) * to_row + i, _mm256_permute2f128_ps(r[q], r[q + 4], 0x31));
-      }
-    }
-    for (; j < columns; ++j) {
-      for (int q = 0; q < 8; ++q) to[j * to_row + i + q] = from[(i + q) * from_row + j];
+  for (int64_t i = 0; i < rows; i += 8) {
+    const int height = static_cast<int>(rows - i < 8 ? rows - i : 8);
+    for (int64_t j = 0; j < columns; j += 8) {
+      const int width = static_cast<int>(columns - j < 8 ? columns - j : 8);
+      const float* source = from + i * from_row + j;
+      float* target = to + j * to_row + i;
+      if (height == 8 && width == 8) transpose_block<true>(source, from_row, 8, 8, target, to_row);
+      else transpose_block<false>(source, from_row, height, width, target, to_row);
     }
   }
-#endif
-  for (; i < rows; ++i) {
+#else
+  for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
   }
+#endif
 }

@@ -29,6 +29,8 @@ class BottleneckForward {
   // Output rows [begin, end) of all images, counted through the batch.
   void run_rows(int64_t begin, int64_t end) {
     widen_bias();
+    // Filling a row leaves its borders alone, and rows move whole: once cleared they stay clear.
+    for (int64_t row = 0; row < g_.window_rows; ++row) clear_borders(z_ + row * g_.z_row);
     while (begin < end) {
       const int64_t n = begin / p_.out_height, first = begin % p_.out_height;
       int64_t last = first + (end - begin);
@@ -128,13 +130,10 @@ class BottleneckForward {
 
   // Input rows [from, to) of image n into the window whose first row is input row `top`.
   void fill(int64_t n, int64_t from, int64_t to, int64_t top, int64_t part = 0, int64_t parts = 1) {
-    for (int64_t row = from; row < to; ++row) {
+    for (int64_t row = from; row < to && part == 0; ++row) {
       float* z = z_ + (row - top) * g_.z_row;
-      if (row < 0 || row >= p_.height) {
-        if (part == 0) __builtin_memset(z, 0, static_cast<size_t>(g_.z_row) * 4);
-      } else if (part == 0) {
-        clear_borders(z);
-      }
+      if (row < 0 || row >= p_.height) __builtin_memset(z, 0, static_cast<size_t>(g_.z_row) * 4);
+      else if (g_.phased) clear_borders(z);
     }
     const int64_t first = from < 0 ? 0 : from;
     const int64_t last = to > p_.height ? p_.height : to;
@@ -199,11 +198,19 @@ class BottleneckForward {
         m.a = reinterpret_cast<const char*>(own_ + g_.gathered);
         m.a_row = g_.words_in * 4;
       }
-      float* to = g_.core_rows ? own_ + g_.flat : z + p_.pad_left * g_.words_mid;
-      if (T::kPairs && g_.core_rows && p_.shape.rank_in % 2) clear_last_halves(to, g_.z_used, g_.words_mid);
-      m.c = reinterpret_cast<char*>(to);
+      if (!g_.core_rows) {
+        m.c = reinterpret_cast<char*>(z + p_.pad_left * g_.words_mid);
+        multiply<AOrder::kAlongK, false, Dot>(m);
+        continue;
+      }
+      // Whole vectors on the way out and back in: a load that spans two recent stores would wait for both.
+      const int64_t pitch = padded_columns(p_.shape.rank_in) / (T::kPairs ? 2 : 1);
+      float* flat = own_ + g_.flat;
+      m.columns = padded_columns(p_.shape.rank_in);
+      m.c = reinterpret_cast<char*>(flat);
+      m.c_row = pitch * 4;
       multiply<AOrder::kAlongK, false, Dot>(m);
-      if (g_.core_rows) transpose_words(to, g_.words_mid, g_.z_used, g_.words_mid, z + p_.pad_left, g_.z_pitch);
+      transpose_words(flat, pitch, g_.z_used, g_.words_mid, z + p_.pad_left, g_.z_pitch);
     }
   }
 

@@ -23,8 +23,10 @@ struct BottleneckGeometry {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Cost in vector lanes of a piece of n columns.
-inline double lane_cost(int64_t n) { return static_cast<double>(padded_columns(n)); }
+// Cost in vector lanes of a piece of n columns. A panel of one unit is bound by its loads.
+inline double lane_cost(int64_t n) {
+  return static_cast<double>(padded_columns(n)) * (unit_count(n) == 1 && kHasHalf ? 1.25 : 1.0);
+}
 
 template <class T>
 inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int64_t threads) {
@@ -94,7 +96,8 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   g.z = take(images * g.window_rows * g.z_row + 32);
   g.v = take(images * (g.core_rows ? v_rows_words : v_columns_words) + 32);
   g.v_other = g.y_rows && !g.core_rows ? take(images * v_rows_words + 32) : 0;
-  g.flat = take(g.words_mid * g.flat_pitch + 32);
+  const int64_t flat_rows = g.words_mid * g.flat_pitch, flat_columns = p.width * padded_columns(s.rank_in);
+  g.flat = take((flat_rows > flat_columns ? flat_rows : flat_columns) + 32);
   const int64_t gathered = g.x_rows ? g.words_in * g.flat_pitch : p.width * g.words_in;
   g.gathered = g.gather_x ? take(gathered + 32) : 0;
   g.part_words = at;

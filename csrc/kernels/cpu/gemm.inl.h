@@ -103,72 +103,68 @@ TC_INLINE void multiply_step(Accumulators<kRows, kUnits>& acc, const char* const
   }
 }
 
+// Calls each(m, w, vector) for every accumulator; w counts words from the tile's first column.
+template <int kRows, int kUnits, class F>
+TC_INLINE void for_each(Accumulators<kRows, kUnits>& acc, const F& each) {
+  using Acc = Accumulators<kRows, kUnits>;
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int w = 0; w < Acc::kWides; ++w) each(m, w * Wide::kLanes, acc.wide[m][w]);
+    if constexpr (Acc::kHalves > 0) each(m, Acc::kHalfStart, acc.half[m][0]);
+  }
+}
+
+template <int kRows>
+TC_INLINE char* row_of_c(const Tile& t, int m) {
+  return t.c + m * t.c_row + (m < (kRows + 1) / 2 ? 0 : t.c_jump);
+}
+
 template <int kRows, int kUnits>
 TC_INLINE void initialise(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
   using Acc = Accumulators<kRows, kUnits>;
-  constexpr int kGroup = (kRows + 1) / 2;
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-    const char* c = t.c + m * t.c_row + (m < kGroup ? 0 : t.c_jump);
-#pragma GCC unroll 4
-    for (int w = 0; w < Acc::kWides; ++w) {
-      const bool last = !Acc::kHalves && w == Acc::kWides - 1;
-      Wide& x = acc.wide[m][w];
-      switch (t.init_mode) {
-        case Init::kZero: x = Wide::zero(); break;
-        case Init::kColumns: x = Wide::load(t.init + w * Wide::kLanes); break;
-        case Init::kRows: x = Wide::broadcast(t.init + m); break;
-        case Init::kAccumulate: {
-          const char* p = c + w * Wide::kLanes * 4;
-          x = last ? Wide::load_first(p, last_lanes) : Wide::load(p);
-          break;
-        }
-      }
-    }
-    if constexpr (Acc::kHalves > 0) {
-      Half& x = acc.half[m][0];
-      switch (t.init_mode) {
-        case Init::kZero: x = Half::zero(); break;
-        case Init::kColumns: x = Half::load(t.init + Acc::kHalfStart); break;
-        case Init::kRows: x = Half::broadcast(t.init + m); break;
-        case Init::kAccumulate: x = Half::load_first(c + Acc::kHalfStart * 4, last_lanes); break;
-      }
-    }
+  constexpr int kLast = kUnits * kUnit - Acc::kLastLanes;  // where the last vector starts
+  switch (t.init_mode) {
+    case Init::kZero:
+      for_each(acc, [](int, int, auto& x) TC_LAMBDA { x = x.zero(); });
+      break;
+    case Init::kColumns:
+      for_each(acc, [&](int, int w, auto& x) TC_LAMBDA { x = x.load(t.init + w); });
+      break;
+    case Init::kRows:
+      for_each(acc, [&](int m, int, auto& x) TC_LAMBDA { x = x.broadcast(t.init + m); });
+      break;
+    case Init::kAccumulate:
+      for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA {
+        const char* p = row_of_c<kRows>(t, m) + w * 4;
+        x = w == kLast ? x.load_first(p, last_lanes) : x.load(p);
+      });
+      break;
   }
 }
 
 template <int kRows, int kUnits>
-TC_INLINE void store_float(const Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
+TC_INLINE void store_float(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
   using Acc = Accumulators<kRows, kUnits>;
-  constexpr int kGroup = (kRows + 1) / 2;
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-    char* c = t.c + m * t.c_row + (m < kGroup ? 0 : t.c_jump);
-#pragma GCC unroll 4
-    for (int w = 0; w < Acc::kWides; ++w) {
-      char* p = c + w * Wide::kLanes * 4;
-      const bool partial = !Acc::kHalves && w == Acc::kWides - 1 && last_lanes < Wide::kLanes;
-      if (partial) acc.wide[m][w].store_first(p, last_lanes);
-      else acc.wide[m][w].store(p);
-    }
-    if constexpr (Acc::kHalves > 0) acc.half[m][0].store_first(c + Acc::kHalfStart * 4, last_lanes);
+  constexpr int kLast = kUnits * kUnit - Acc::kLastLanes;
+  if (last_lanes == Acc::kLastLanes) {
+    for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA { x.store(row_of_c<kRows>(t, m) + w * 4); });
+    return;
   }
+  for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA {
+    char* p = row_of_c<kRows>(t, m) + w * 4;
+    if (w == kLast) x.store_first(p, last_lanes);
+    else x.store(p);
+  });
 }
 
 template <int kRows, int kUnits>
-TC_INLINE void store_half_words(const Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
+TC_INLINE void store_half_words(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
   using Acc = Accumulators<kRows, kUnits>;
-  constexpr int kGroup = (kRows + 1) / 2;
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-    char* c = t.c + m * t.c_row + (m < kGroup ? 0 : t.c_jump);
-#pragma GCC unroll 4
-    for (int w = 0; w < Acc::kWides; ++w) {
-      const bool last = !Acc::kHalves && w == Acc::kWides - 1;
-      store_bf16(acc.wide[m][w], c + w * Wide::kLanes * 2, last ? last_lanes : Wide::kLanes);
-    }
-    if constexpr (Acc::kHalves > 0) store_bf16(acc.half[m][0], c + Acc::kHalfStart * 2, last_lanes);
-  }
+  constexpr int kLast = kUnits * kUnit - Acc::kLastLanes;
+  for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA {
+    store_bf16(x, row_of_c<kRows>(t, m) + w * 2, w == kLast ? last_lanes : x.kLanes);
+  });
 }
 
 #if defined(TC_BF16_DOT)

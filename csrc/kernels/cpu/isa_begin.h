@@ -18,6 +18,7 @@
 #endif
 
 #define TC_INLINE __attribute__((always_inline)) inline
+#define TC_LAMBDA __attribute__((always_inline))
 
 // GCC 12 reports its own intrinsics headers' deliberately undefined values, and the accumulators that a switch over
 // every enumerator initialises.
