@@ -76,7 +76,7 @@ Gradients tucker2_conv2d_backward(const Tensor& grad, const Tensor& x, const Ten
   Tensor scratch = empty_bytes(plan.scratch_bytes);
   q.scratch = scratch.mutable_data_ptr();
   for (int64_t phase = 0; phase < plan.phases; ++phase) {
-    if (phase == 0 || plan.parts == 1) {
+    if (plan.parts == 1) {
       kernels.backward_run(q, threads, phase, 0);
       continue;
     }

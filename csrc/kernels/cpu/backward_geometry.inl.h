@@ -13,6 +13,7 @@ struct BackwardGeometry {
   // Word offsets: packed weights (shared), then per part the windows and the sums.
   int64_t in_columns, in_rows, core, core_back, out_columns, out_rows, x_columns, x_rows_form, packed_words;
   int64_t z, v, dv, dz, flat, x_copy, y_copy, taps;
+  int64_t wide_in, wide_core, wide_out;  // the weights as floats, where they are narrower
   int64_t sum_core, sum_out, sum_in, sum_bias, part_words;
   int64_t threads;
 };
@@ -92,6 +93,9 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   const int64_t x_rows = g.z_rows > g.in_band ? g.z_rows : g.in_band;
   g.x_copy = take(g.gather_x ? x_rows * p.width * s.c_in + 64 : 0);
   g.y_copy = take(g.gather_y ? g.dv_rows * p.out_width * s.c_out + 64 : 0);
+  g.wide_in = take(T::kNarrow ? s.c_in * s.rank_in : 0);
+  g.wide_core = take(T::kNarrow ? kernel * s.rank_in * s.rank_out : 0);
+  g.wide_out = take(T::kNarrow ? s.c_out * s.rank_out : 0);
   g.sum_core = take(q.grad_core ? kernel * s.rank_in * s.rank_out : 0);
   g.sum_out = take(q.grad_factor_out ? s.c_out * s.rank_out : 0);
   g.sum_in = take(q.grad_factor_in ? s.c_in * s.rank_in : 0);

@@ -30,6 +30,7 @@ struct Product {
   int64_t c_row = 0, c_segment = 0;
   int64_t c_column = 4;  // bytes a column
   Store store = Store::kFloat;
+  Prefetch read, write;  // spread over the tiles and taps
 };
 
 // Offsets of a product with one tap.
@@ -48,7 +49,7 @@ struct RowSplit {
 };
 
 // Every part of `parts` does an even share of the product's tiles.
-template <AOrder kOrder, bool kMaskB, class Dot>
+template <AOrder kOrder, bool kMaskB, class Dot, bool kFetch = false>
 inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
   if (p.rows <= 0 || p.segments <= 0 || p.columns <= 0) return;
   const bool pairs = p.store == Store::kBfloat16Pairs;
@@ -70,6 +71,13 @@ inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
   t.c_row = p.c_row;
   t.init_mode = p.init_mode;
   t.store = p.store;
+  if constexpr (kFetch) {
+    const int64_t steps = (total_units + kMaxUnits - 1) / kMaxUnits * per_unit * p.taps;
+    t.read = p.read;
+    t.write = p.write;
+    t.read.count = (p.read.count + steps - 1) / steps;
+    t.write.count = (p.write.count + steps - 1) / steps;
+  }
   for (int64_t unit = 0; unit < total_units;) {
     const int units = panel_units(total_units - unit);
     const int64_t column = unit * kUnit;
@@ -103,7 +111,11 @@ inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
         t.a = a + row * a_row;
         t.c = c + (pairs ? row / 2 : row) * p.c_row;
         if (p.init_mode == Init::kRows) t.init = p.init + row;
-        tile_function<kOrder, kMaskB, Dot>(static_cast<int>(two ? 2 * height : height), units)(t);
+        tile_function<kOrder, kMaskB, kFetch, Dot>(static_cast<int>(two ? 2 * height : height), units)(t);
+        if constexpr (kFetch) {
+          t.read.at += t.read.count * p.taps * t.read.pitch;
+          t.write.at += t.write.count * p.taps * t.write.pitch;
+        }
       }
     }
     unit += units;

@@ -22,25 +22,26 @@ class BottleneckBackward {
     rows_b_ = rows_a_ + g_.band + g_.in_band;
   }
 
-  static void pack(const BottleneckBackwardParams& q, const BackwardGeometry& g) {
-    const BottleneckShape& s = q.forward.shape;
-    const int64_t taps = s.kernel_h * s.kernel_w;
-    const E* in = static_cast<const E*>(q.weights.factor_in);
-    const E* core = static_cast<const E*>(q.weights.core);
-    const E* out = static_cast<const E*>(q.weights.factor_out);
-    float* to = static_cast<float*>(q.scratch);
-    if (g.need_z && (!g.x_rows)) pack_columns<T>(in, 1, 0, s.c_in, s.rank_in, s.rank_in, 1, to + g.in_columns);
-    if (g.need_z && g.x_rows) pack_rows<T>(in, s.rank_in, 1, 1, 0, s.c_in, s.rank_in, to + g.in_rows);
-    if (g.need_v) pack_columns<T>(core, taps, 1, s.rank_in, taps, s.rank_out, s.rank_in * taps, to + g.core);
+  // The weights in the forms the products read, one form after the other, dealt out to the parts.
+  void pack(int64_t part) {
+    const int64_t taps = s_.kernel_h * s_.kernel_w;
+    int64_t turn = 0;
+    const auto mine = [&](bool wanted) { return wanted && turn++ % g_.threads == part; };
+    const float* in = weight(q_.weights.factor_in, g_.wide_in, s_.c_in * s_.rank_in);
+    const float* core = weight(q_.weights.core, g_.wide_core, taps * s_.rank_in * s_.rank_out);
+    const float* out = weight(q_.weights.factor_out, g_.wide_out, s_.c_out * s_.rank_out);
+    const int64_t a = s_.rank_in, b = s_.rank_out;
+    using F = Float32;
+    if (mine(g_.need_v)) pack_columns<F>(core, taps, 1, a, taps, b, a * taps, to_pack(g_.core));
     // All taps in reverse, as the transposed convolution meets them along a row of dV.
-    if (g.need_dz)
-      pack_columns<T>(core + taps - 1, taps, -1, s.rank_out, s.rank_in * taps, s.rank_in, taps, to + g.core_back);
-    if (g.need_dv && !g.y_rows) pack_columns<T>(out, 1, 0, s.c_out, s.rank_out, s.rank_out, 1, to + g.out_columns);
-    if (g.need_dv && g.y_rows) pack_rows<T>(out, s.rank_out, 1, 1, 0, s.c_out, s.rank_out, to + g.out_rows);
-    if (q.grad_x && q.grad_x_strides.c == 1)
-      pack_columns<T>(in, 1, 0, s.rank_in, 1, s.c_in, s.rank_in, to + g.x_columns);
-    if (q.grad_x && q.grad_x_strides.c != 1)
-      pack_rows<T>(in, s.c_in, s.rank_in, 1, 0, s.rank_in, 1, to + g.x_rows_form);
+    if (mine(g_.need_dz)) pack_columns<F>(core + taps - 1, taps, -1, b, a * taps, a, taps, to_pack(g_.core_back));
+    if (mine(g_.need_z && !g_.x_rows)) pack_columns<F>(in, 1, 0, s_.c_in, a, a, 1, to_pack(g_.in_columns));
+    if (mine(g_.need_z && g_.x_rows)) pack_rows<F>(in, a, 1, 1, 0, s_.c_in, a, to_pack(g_.in_rows));
+    if (mine(g_.need_dv && !g_.y_rows)) pack_columns<F>(out, 1, 0, s_.c_out, b, b, 1, to_pack(g_.out_columns));
+    if (mine(g_.need_dv && g_.y_rows)) pack_rows<F>(out, b, 1, 1, 0, s_.c_out, b, to_pack(g_.out_rows));
+    const bool grad_x_columns = q_.grad_x_strides.c == 1;
+    if (mine(q_.grad_x && grad_x_columns)) pack_columns<F>(in, 1, 0, a, 1, s_.c_in, a, to_pack(g_.x_columns));
+    if (mine(q_.grad_x && !grad_x_columns)) pack_rows<F>(in, s_.c_in, a, 1, 0, a, 1, to_pack(g_.x_rows_form));
   }
 
   // Output rows [begin, end) of all images, counted through the batch.
@@ -61,18 +62,20 @@ class BottleneckBackward {
   // Adds up the pieces' sums, in their order, and writes an even share of the weight gradients.
   void reduce(int64_t part) {
     const int64_t taps = s_.kernel_h * s_.kernel_w, ab = s_.rank_in * s_.rank_out;
-    share(part, s_.rank_out, q_.grad_core, [&](int64_t b) {
-      E* to = static_cast<E*>(q_.grad_core) + b * s_.rank_in * taps;
-      for (int64_t a = 0; a < s_.rank_in; ++a) {
-        for (int64_t t = 0; t < taps; ++t) *to++ = from_float(total(g_.sum_core + t * ab + a * s_.rank_out + b));
+    add_share(part, g_.sum_out, s_.c_out * s_.rank_out, q_.grad_factor_out);
+    add_share(part, g_.sum_in, s_.c_in * s_.rank_in, q_.grad_factor_in);
+    add_share(part, g_.sum_bias, s_.c_out, q_.grad_bias);
+    if (!q_.grad_core) return;
+    // Sums of the core are [tap][a][b]; torch's order is [b][a][tap].
+    E* to = static_cast<E*>(q_.grad_core);
+    for (int64_t a = s_.rank_in * part / g_.threads; a < s_.rank_in * (part + 1) / g_.threads; ++a) {
+      for (int64_t t = 0; t < taps; ++t) add_parts(g_.sum_core + t * ab + a * s_.rank_out, s_.rank_out);
+      const float* sum = first_sums() + g_.sum_core + a * s_.rank_out;
+      for (int64_t b = 0; b < s_.rank_out; ++b) {
+        E* run = to + (b * s_.rank_in + a) * taps;
+        for (int64_t t = 0; t < taps; ++t) run[t] = from_float(sum[t * ab + b]);
       }
-    });
-    share(part, s_.c_out * s_.rank_out, q_.grad_factor_out,
-          [&](int64_t i) { static_cast<E*>(q_.grad_factor_out)[i] = from_float(total(g_.sum_out + i)); });
-    share(part, s_.c_in * s_.rank_in, q_.grad_factor_in,
-          [&](int64_t i) { static_cast<E*>(q_.grad_factor_in)[i] = from_float(total(g_.sum_in + i)); });
-    share(part, s_.c_out, q_.grad_bias,
-          [&](int64_t i) { static_cast<E*>(q_.grad_bias)[i] = from_float(total(g_.sum_bias + i)); });
+    }
   }
 
  private:
@@ -92,17 +95,36 @@ class BottleneckBackward {
 
   void clear(int64_t offset, int64_t n) { __builtin_memset(own_ + offset, 0, static_cast<size_t>(n) * 4); }
 
-  float total(int64_t offset) const {
-    const float* first = static_cast<const float*>(q_.scratch) + g_.packed_words + offset;
-    float sum = 0.0f;
-    for (int64_t i = 0; i < g_.threads; ++i) sum += first[i * g_.part_words];
-    return sum;
+  float* to_pack(int64_t offset) const { return static_cast<float*>(q_.scratch) + offset; }
+
+  // A weight as floats: in place, or widened. Every part widens for itself; the values are the same.
+  const float* weight(const void* from, int64_t copy, int64_t n) const {
+    if constexpr (kBytes == 4) {
+      return static_cast<const float*>(from);
+    } else {
+      float* to = own_ + copy;
+      for (int64_t i = 0; i < n; ++i) to[i] = to_float(static_cast<const E*>(from)[i]);
+      return to;
+    }
   }
 
-  template <class F>
-  void share(int64_t part, int64_t n, const void* wanted, const F& f) {
-    if (!wanted) return;
-    for (int64_t i = n * part / g_.threads; i < n * (part + 1) / g_.threads; ++i) f(i);
+  float* first_sums() const { return static_cast<float*>(q_.scratch) + g_.packed_words; }
+
+  // Adds the other parts' sums to the first's.
+  void add_parts(int64_t offset, int64_t n) const {
+    float* sum = first_sums() + offset;
+    for (int64_t i = 1; i < g_.threads; ++i) {
+      const float* other = sum + i * g_.part_words;
+      for (int64_t j = 0; j < n; ++j) sum[j] += other[j];
+    }
+  }
+
+  void add_share(int64_t part, int64_t offset, int64_t n, void* to) const {
+    if (!to) return;
+    const int64_t begin = n * part / g_.threads, end = n * (part + 1) / g_.threads;
+    add_parts(offset + begin, end - begin);
+    const float* sum = first_sums() + offset;
+    for (int64_t i = begin; i < end; ++i) static_cast<E*>(to)[i] = from_float(sum[i]);
   }
 
   ImageRows x_image(int64_t n) const {

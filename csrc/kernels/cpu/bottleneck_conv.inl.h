@@ -122,10 +122,27 @@ class BottleneckForward {
       any = true;
       for (int64_t row = chunk; row < chunk_end; row += g_.block) {
         const int64_t rows = row + g_.block < chunk_end ? g_.block : chunk_end - row;
+        if (g_.streams) ask_ahead(n, filled + (row - chunk) * p_.stride_h, rows * p_.stride_h, row, rows);
         core(z_ + (row - chunk) * p_.stride_h * g_.z_row, rows, 0, 1);
         leave(n, row, rows, 0, 1);
       }
     }
+  }
+
+  // While the core runs, the lines of the next window's input rows and of the output rows to be stored travel.
+  void ask_ahead(int64_t n, int64_t x_first, int64_t x_rows, int64_t y_first, int64_t y_rows) {
+    read_ = write_ = Prefetch{};
+    if (x_first >= 0 && x_first < p_.height) {
+      const int64_t rows = x_first + x_rows < p_.height ? x_rows : p_.height - x_first;
+      read_ = lines_of(reinterpret_cast<const char*>(x_row(n, x_first)), p_.x_strides, rows * p_.width, p_.shape.c_in);
+    }
+    const E* y = static_cast<const E*>(p_.y) + n * p_.y_strides.n + y_first * p_.y_strides.h;
+    write_ = lines_of(reinterpret_cast<const char*>(y), p_.y_strides, y_rows * p_.out_width, p_.shape.c_out);
+  }
+
+  static Prefetch lines_of(const char* at, const Strides4& strides, int64_t pixels, int64_t channels) {
+    if (strides.c == 1) return {at, 64, pixels * strides.w * kBytes / 64, 1};
+    return {at, strides.c * kBytes, channels, pixels * kBytes / 64 + 1};
   }
 
   // Input rows [from, to) of image n into the window whose first row is input row `top`.
@@ -286,6 +303,8 @@ class BottleneckForward {
     m.taps = tap_count_;
     m.a_tap = taps_a_;
     m.b_tap = taps_b_;
+    m.read = read_;
+    m.write = write_;
     if (!g_.core_rows) {
       m.segments = rows;
       m.rows = p_.out_width;
@@ -300,7 +319,8 @@ class BottleneckForward {
       m.store = T::kPairs ? Store::kBfloat16 : Store::kFloat;
       m.c_column = T::kPairs ? 2 : 4;
       if (T::kPairs && p_.shape.rank_out % 2 && part == 0) clear_last_halves(v_, rows * p_.out_width, g_.words_out);
-      multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+      if (g_.streams) multiply<AOrder::kAlongK, false, Dot, true>(m);
+      else multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
       return;
     }
     m.rows = p_.shape.rank_out;
@@ -314,7 +334,9 @@ class BottleneckForward {
     for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
       m.b = reinterpret_cast<const char*>(z + i * p_.stride_h * g_.z_row);
       m.c = reinterpret_cast<char*>(v_ + i * p_.out_width);
-      multiply<AOrder::kAlongK, false, Dot>(m);
+      if (g_.streams) multiply<AOrder::kAlongK, false, Dot, true>(m);
+      else multiply<AOrder::kAlongK, false, Dot>(m);
+      m.read = m.write = Prefetch{};
     }
   }
 
@@ -370,6 +392,7 @@ class BottleneckForward {
   float* own_;
   float *z_, *v_, *v_other_;
   int64_t *taps_a_, *taps_b_;
+  Prefetch read_, write_;
   int64_t tap_count_ = 0, tap_k_ = 0;
   bool merged_ = false;
 };

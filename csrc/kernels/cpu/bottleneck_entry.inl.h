@@ -39,7 +39,7 @@ struct BottleneckForwardEntry {
   }
 };
 
-// All entry points of one element type. Phases of backward: pack (one piece), the rows, the sums.
+// All entry points of one element type. Phases of backward: pack, the rows, the sums.
 template <class T, class TBackward = T>
 struct Bottleneck : BottleneckForwardEntry<T> {
   using Forward = BottleneckForwardEntry<T>;
@@ -55,13 +55,10 @@ struct Bottleneck : BottleneckForwardEntry<T> {
 
   static void backward_run(const BottleneckBackwardParams& q, int64_t threads, int64_t phase, int64_t part) {
     const BackwardGeometry g = backward_geometry<TBackward>(q, threads);
-    if (phase == 0) {
-      if (part == 0) BottleneckBackward<TBackward>::pack(q, g);
-      return;
-    }
     BottleneckBackward<TBackward> backward(q, g, part);
     const int64_t rows = q.forward.batch * q.forward.out_height;
-    if (phase == 1) backward.run_rows(rows * part / threads, rows * (part + 1) / threads);
+    if (phase == 0) backward.pack(part);
+    else if (phase == 1) backward.run_rows(rows * part / threads, rows * (part + 1) / threads);
     else backward.reduce(part);
   }
 

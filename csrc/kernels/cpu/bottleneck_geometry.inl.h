@@ -19,6 +19,7 @@ struct BottleneckGeometry {
   // Word offsets in the scratch of one part.
   int64_t z, v, v_other, flat, gathered, bias, taps, part_words;
   bool phased;
+  bool streams;  // x and y do not stay in a private cache: their lines are asked for ahead
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -83,6 +84,10 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   const bool dense_rows = p.x_strides.h == p.width && g.z_used == p.width;
   g.in_block = g.x_rows && dense_rows && !g.gather_x && p.width < 32 ? (32 + p.width - 1) / p.width : 1;
   g.flat_pitch = round_up(g.in_block * p.width, 16) + 16;
+
+  const int64_t bytes = p.batch * (p.height * p.width * s.c_in + p.out_height * p.out_width * s.c_out) *
+                        static_cast<int64_t>(sizeof(typename T::Element));
+  g.streams = !g.phased && bytes > threads * (int64_t{1} << 21);
 
   int64_t at = 0;
   const auto take = [&at](int64_t n) {

@@ -12,6 +12,12 @@
 enum class Init { kZero, kColumns, kRows, kAccumulate };
 enum class Store { kFloat, kBfloat16, kBfloat16Pairs };
 
+// Cache lines to ask for while a product runs: `count` places `pitch` bytes apart, `lines` lines at each.
+struct Prefetch {
+  const char* at = nullptr;
+  int64_t pitch = 64, count = 0, lines = 1;
+};
+
 struct Tile {
   const char* a;       // row m, step k of tap t lies at a + m * a_row + a_tap[t] + k * a_k (bytes)
   int64_t a_row;       // only read where A is contiguous along k; else rows are neighbouring words
@@ -30,8 +36,20 @@ struct Tile {
   int64_t c_row;
   int64_t c_jump = 0;
   Store store = Store::kFloat;
+  Prefetch read, write;  // one tap's share
   int columns;  // valid columns; the rest of the last vector is neither read from masked B nor written
 };
+
+inline void fetch(const Tile& t, int64_t tap) {
+  const char* at = t.read.at + tap * t.read.count * t.read.pitch;
+  for (int64_t i = 0; i < t.read.count; ++i, at += t.read.pitch) {
+    for (int64_t l = 0; l < t.read.lines; ++l) __builtin_prefetch(at + 64 * l, 0, 2);
+  }
+  at = t.write.at + tap * t.write.count * t.write.pitch;
+  for (int64_t i = 0; i < t.write.count; ++i, at += t.write.pitch) {
+    for (int64_t l = 0; l < t.write.lines; ++l) __builtin_prefetch(at + 64 * l, 1, 3);
+  }
+}
 
 struct FloatDot {
   static constexpr int kElementsPerWord = 1;
@@ -189,7 +207,7 @@ TC_INLINE void store_pairs(const Accumulators<kRows, kUnits>& acc, const Tile& t
 }
 #endif
 
-template <int kRows, int kUnits, AOrder kOrder, bool kMaskB, class Dot>
+template <int kRows, int kUnits, AOrder kOrder, bool kMaskB, bool kFetch, class Dot>
 void multiply_tile(const Tile& t) {
   using Acc = Accumulators<kRows, kUnits>;
   constexpr int kGroup = (kRows + 1) / 2;
@@ -202,6 +220,7 @@ void multiply_tile(const Tile& t) {
     const char* a0 = t.a + t.a_tap[tap];
     const char* rows[2] = {a0, a0 + kGroup * row + t.a_jump};
     const char* b = t.b + t.b_tap[tap] * t.b_tap_scale;
+    if constexpr (kFetch) fetch(t, tap);
     int64_t k = t.k;
     if constexpr (kOrder == AOrder::kAlongK) {
       for (; k >= 4; k -= 4) {
@@ -242,15 +261,15 @@ void multiply_tile(const Tile& t) {
 using TileFunction = void (*)(const Tile&);
 
 // [rows - 1][units - 1]
-template <AOrder kOrder, bool kMaskB, class Dot, int... kIndex>
+template <AOrder kOrder, bool kMaskB, bool kFetch, class Dot, int... kIndex>
 constexpr auto make_tile_table(std::integer_sequence<int, kIndex...>) {
   return std::array<TileFunction, sizeof...(kIndex)>{
-      multiply_tile<kIndex / kMaxUnits + 1, kIndex % kMaxUnits + 1, kOrder, kMaskB, Dot>...};
+      multiply_tile<kIndex / kMaxUnits + 1, kIndex % kMaxUnits + 1, kOrder, kMaskB, kFetch, Dot>...};
 }
 
-template <AOrder kOrder, bool kMaskB, class Dot>
+template <AOrder kOrder, bool kMaskB, bool kFetch, class Dot>
 inline TileFunction tile_function(int rows, int units) {
   static constexpr auto kTable =
-      make_tile_table<kOrder, kMaskB, Dot>(std::make_integer_sequence<int, kMaxRows * kMaxUnits>{});
+      make_tile_table<kOrder, kMaskB, kFetch, Dot>(std::make_integer_sequence<int, kMaxRows * kMaxUnits>{});
   return kTable[static_cast<size_t>((rows - 1) * kMaxUnits + units - 1)];
 }

@@ -54,6 +54,33 @@ inline uint32_t make_word(const typename T::Element* from, int64_t at, int64_t s
   return w;
 }
 
+// One panel of floats. Whichever of columns, taps and steps is contiguous in the weight, both sides move in whole
+// vectors: by copying, or by transposing blocks.
+inline void pack_panel(const float* from, int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride,
+                       int64_t columns, int64_t column_stride, float* to, int64_t width) {
+  if (outer > 1 && (outer_stride == 1 || outer_stride == -1)) {
+    const bool reverse = outer_stride < 0;
+    const float* source = reverse ? from - (outer - 1) : from;
+    float* target = reverse ? to + (outer - 1) * inner * width : to;
+    const int64_t step = reverse ? -inner * width : inner * width;
+    for (int64_t i = 0; i < inner; ++i)
+      transpose_words(source + i * inner_stride, column_stride, columns, outer, target + i * width, step);
+    return;
+  }
+  for (int64_t o = 0; o < outer; ++o, from += outer_stride, to += inner * width) {
+    if (column_stride == 1) {
+      for (int64_t i = 0; i < inner; ++i)
+        __builtin_memcpy(to + i * width, from + i * inner_stride, static_cast<size_t>(columns) * 4);
+    } else if (inner_stride == 1) {
+      transpose_words(from, column_stride, columns, inner, to, width);
+    } else {
+      for (int64_t i = 0; i < inner; ++i) {
+        for (int64_t n = 0; n < columns; ++n) to[i * width + n] = from[i * inner_stride + n * column_stride];
+      }
+    }
+  }
+}
+
 // B panels: to = panels of [steps][panel width] words, zero beyond the last column. The steps run over `outer`
 // groups of `inner` elements; element (group o, i, column n) is from[offset(o) + i * inner_stride + n * column_stride].
 template <class T>
@@ -67,20 +94,11 @@ inline void pack_columns(const typename T::Element* from, int64_t outer, int64_t
     const int64_t valid = columns - first < width ? columns - first : width;
     float* panel = to + first * outer * inner_words;
     if constexpr (!T::kPairs && !T::kNarrow) {
-      // Columns lie strided in the weight but its steps are contiguous (or the reverse): transposing blocks of
-      // eight keeps both sides in whole cache lines.
-      if (inner_stride == 1 && column_stride != 1) {
-        for (int64_t o = 0; o < outer; ++o) {
-          float* dst = panel + o * inner * width;
-          transpose_words(from + o * outer_stride + first * column_stride, column_stride, valid, inner, dst, width);
-          if (valid < width) {
-            for (int64_t i = 0; i < inner; ++i)
-              __builtin_memset(dst + i * width + valid, 0, static_cast<size_t>(width - valid) * 4);
-          }
-        }
-        unit += wide;
-        continue;
-      }
+      if (valid < width) __builtin_memset(panel, 0, static_cast<size_t>(outer * inner * width) * 4);
+      pack_panel(from + first * column_stride, outer, outer_stride, inner, inner_stride, valid, column_stride, panel,
+                 width);
+      unit += wide;
+      continue;
     }
     for (int64_t o = 0; o < outer; ++o) {
       for (int64_t w = 0; w < inner_words; ++w) {
@@ -101,6 +119,21 @@ inline void pack_columns(const typename T::Element* from, int64_t outer, int64_t
 template <class T>
 inline void pack_rows(const typename T::Element* from, int64_t rows, int64_t row_stride, int64_t outer,
                       int64_t outer_stride, int64_t inner, int64_t inner_stride, float* to) {
+  if constexpr (!T::kPairs && !T::kNarrow) {
+    if (outer == 1 && row_stride == 1) {
+      transpose_words(from, inner_stride, inner, rows, to, inner);
+      return;
+    }
+    if (inner_stride == 1 && outer == 1 && row_stride == inner) {
+      __builtin_memcpy(to, from, static_cast<size_t>(rows * inner) * 4);
+      return;
+    }
+    if (outer_stride == 1 || outer == 1) {
+      for (int64_t r = 0; r < rows; ++r)
+        transpose_words(from + r * row_stride, inner_stride, inner, outer, to + r * outer * inner, inner);
+      return;
+    }
+  }
   const int64_t inner_words = words<T>(inner);
   uint32_t* dst = reinterpret_cast<uint32_t*>(to);
   for (int64_t r = 0; r < rows; ++r) {
