@@ -36,6 +36,8 @@ TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
 DEFAULT_CUDA_ARCHS = "8.0;9.0a"
 OP_LIBRARIES = ("_ops", "_ops_cuda")
 HOST_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+# Messages name files within the project, not where it was built.
+HOST_FLAGS.append(f"-fmacro-prefix-map={ROOT}/=")
 
 NO_TORCH = """
 tensorcomp_ext is compiled against the PyTorch it will run with, and {problem}.

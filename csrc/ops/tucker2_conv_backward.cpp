@@ -52,7 +52,11 @@ Gradients tucker2_conv2d_backward(const Tensor& grad, const Tensor& x, const Ten
   Tensor grad_out = wanted(2) ? matrix(s.c_out, s.rank_out) : empty();
   Tensor grad_in = wanted(3) ? matrix(s.c_in, s.rank_in) : empty();
   Tensor grad_bias = wanted(4) ? empty_cpu<1>({s.c_out}, {1}, torch_dtype(s.dtype)) : empty();
-  if (x.numel() == 0 || grad.numel() == 0) {
+  if (x.numel() == 0 && grad.numel() != 0) {
+    // Only borders were multiplied: nothing but the bias has a gradient to sum.
+    return call_reference(grad, x, core, factor_out, factor_in, stride, padding, dilation, mask);
+  }
+  if (grad.numel() == 0) {
     return {zeroed(grad_x), zeroed(grad_core), zeroed(grad_out), zeroed(grad_in), zeroed(grad_bias)};
   }
   const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };

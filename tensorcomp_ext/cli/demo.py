@@ -11,7 +11,6 @@ import torch
 import typer
 from torch import nn
 
-from tensorcomp_ext import compress as surgery
 from tensorcomp_ext import data, models, recipes
 from tensorcomp_ext.cli.common import Screen, check_model, parse_batches
 from tensorcomp_ext.cli.compress import IMAGE_SIZE, example, state_bytes, summary_table
@@ -20,6 +19,7 @@ from tensorcomp_ext.compress.latency import measure_network
 from tensorcomp_ext.compress.measure import refresh
 from tensorcomp_ext.compress.report import Report
 from tensorcomp_ext.compress.storage import load, save
+from tensorcomp_ext.compress.surgery import compress
 from tensorcomp_ext.plan import tune as tune_plans
 from tensorcomp_ext.ranks import VBMF, Energy, RankRule
 
@@ -190,7 +190,7 @@ def _run(setting: Setting, dense: nn.Module, name: str, trained: recipes.Accurac
     # Ten classes need most of the last layer's rank, and it is small.
     last = [layer for layer, module in dense.named_modules() if isinstance(module, nn.Linear)][-1]
     with screen.progress(f"{name}: decomposing") as tick:
-        small, report = surgery.compress(
+        small, report = compress(
             dense,
             rank=RULES[name],
             example_inputs=setting.input(setting.batches[0]),

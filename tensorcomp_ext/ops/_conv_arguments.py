@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,12 +29,22 @@ class Geometry(NamedTuple):
         return out[0], out[1]
 
 
+def _ints(value: object, argument: str, expected: str) -> tuple[int, ...]:
+    try:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return tuple(operator.index(v) for v in value)
+        return (operator.index(value),)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{_NAME}: {argument} must be {expected}, got {value!r}") from None
+
+
 def _pair(value: IntOrPair, argument: str, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    expected = f"an int or a pair of ints >= {least}"
+    pair = _ints(value, argument, expected)
     if len(pair) == 1:
         pair = pair * 2
     if len(pair) != 2 or any(v < least for v in pair):
-        raise ValueError(f"{_NAME}: {argument} must be an int or a pair of ints >= {least}, got {value}")
+        raise ValueError(f"{_NAME}: {argument} must be {expected}, got {value}")
     return pair[0], pair[1]
 
 
@@ -56,10 +67,10 @@ def resolve_geometry(
         total = [dilations[d] * (kernel[d] - 1) for d in (0, 1)]
         top, left = total[0] // 2, total[1] // 2
         return Geometry(strides, (top, total[0] - top, left, total[1] - left), dilations)
-    if not isinstance(padding, int) and len(padding) == 4:
-        if any(v < 0 for v in padding):
+    if isinstance(padding, Sequence) and len(padding) == 4:
+        top, bottom, left, right = _ints(padding, "padding", "four ints >= 0")
+        if min(top, bottom, left, right) < 0:
             raise ValueError(f"{_NAME}: padding must be >= 0, got {padding}")
-        top, bottom, left, right = padding
         return Geometry(strides, (top, bottom, left, right), dilations)
     rows, columns = _pair(padding, "padding", 0)
     return Geometry(strides, (rows, rows, columns, columns), dilations)

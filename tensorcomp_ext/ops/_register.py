@@ -21,8 +21,8 @@ def define(name: str, schema: str) -> None:
 def register_default(name: str, kernel: Callable[..., Any], fake: Callable[..., Any] | None) -> None:
     """Register the kernel that serves every device without one of its own, and the shape function.
 
-    The kernel is also reachable as ``tensorcomp::name_reference``: native code calls that for dtypes it cannot
-    take.
+    The kernel is also reachable as ``tensorcomp::name_reference``: native code calls that for dtypes it
+    cannot take.
     """
     schema = str(getattr(torch.ops.tensorcomp, name).default._schema)
     define(f"{name}_reference", schema[schema.index("(") :])

@@ -5,5 +5,6 @@ work in any floating dtype (float64 included) on any device, and are differentia
 """
 
 from .tucker2_conv import tucker2_conv2d
+from .tucker2_core_pack import tucker2_core_pack
 
-__all__ = ["tucker2_conv2d"]
+__all__ = ["tucker2_conv2d", "tucker2_core_pack"]

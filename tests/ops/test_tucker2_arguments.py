@@ -80,7 +80,6 @@ def test_same_text_without_native_code(name: str, without_native: dict) -> None:
     assert without_native["bad"][name] == list(everything()[name])
 
 
-@pytest.mark.xfail(strict=True, reason="Python's own complaint comes through, which names no argument")
 @pytest.mark.parametrize("name", NO_INTS)
 def test_windows_that_are_no_ints(name: str, without_native: dict) -> None:
     kind, text = raised(NO_INTS[name])
@@ -168,7 +167,6 @@ def test_empty_modes_leave_the_bias(case: Case) -> None:
 
 
 @pytest.mark.native
-@pytest.mark.xfail(strict=True, reason="the gradient of the bias is zero where x has no element")
 @pytest.mark.parametrize("case", [case for case in EMPTY if case.c_out], ids=str)
 def test_empty_modes_leave_the_gradient_of_the_bias(case: Case) -> None:
     leaves = case.make().leaves()

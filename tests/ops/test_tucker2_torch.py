@@ -192,10 +192,7 @@ def test_fake_results_have_the_form_of_real_ones(case: Case, layout: str, dtype:
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(
-            "contiguous",
-            marks=pytest.mark.xfail(strict=True, reason="hands on the oracle's own memory format"),
-        ),
+        "contiguous",
         "channels_last",
     ],
 )

@@ -16,6 +16,7 @@ struct BackwardGeometry {
   int64_t wide_in, wide_core, wide_out;  // the weights as floats, where they are narrower
   int64_t sum_core, sum_out, sum_in, sum_bias, part_words;
   int64_t threads;
+  bool streams;  // as in BottleneckGeometry
 };
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
@@ -27,6 +28,9 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   const BottleneckShape& s = p.shape;
   BackwardGeometry g;
   g.threads = threads;
+  const int64_t bytes = p.batch * (2 * p.height * p.width * s.c_in + p.out_height * p.out_width * s.c_out) *
+                        static_cast<int64_t>(sizeof(typename T::Element));
+  g.streams = bytes > threads * (int64_t{1} << 21);
   const auto rows_form = [](const Strides4& st, int64_t width) { return st.c != 1 && (st.w == 1 || width == 1); };
   g.x_rows = rows_form(p.x_strides, p.width);
   g.y_rows = rows_form(q.grad_y_strides, p.out_width);

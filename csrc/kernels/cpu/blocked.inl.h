@@ -11,6 +11,8 @@ inline int panel_units(int64_t units_left) {
 
 inline int64_t padded_columns(int64_t columns) { return unit_count(columns) * kUnit; }
 
+inline void clear(float* words, int64_t n) { __builtin_memset(words, 0, static_cast<size_t>(n) * 4); }
+
 struct Product {
   // Rows come in segments (image rows); `rows` of them each.
   int64_t segments = 1, rows = 0;

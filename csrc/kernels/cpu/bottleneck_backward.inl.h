@@ -46,10 +46,7 @@ class BottleneckBackward {
 
   // Output rows [begin, end) of all images, counted through the batch.
   void run_rows(int64_t begin, int64_t end) {
-    clear(g_.sum_core, q_.grad_core ? s_.kernel_h * s_.kernel_w * s_.rank_in * s_.rank_out : 0);
-    clear(g_.sum_out, q_.grad_factor_out ? s_.c_out * s_.rank_out : 0);
-    clear(g_.sum_in, q_.grad_factor_in ? s_.c_in * s_.rank_in : 0);
-    clear(g_.sum_bias, q_.grad_bias ? s_.c_out : 0);
+    if (q_.grad_bias) clear(own_ + g_.sum_bias, s_.c_out);
     while (begin < end) {
       const int64_t n = begin / p_.out_height, first = begin % p_.out_height;
       int64_t last = first + (end - begin);
@@ -57,6 +54,10 @@ class BottleneckBackward {
       run_image_rows(n, first, last);
       begin += last - first;
     }
+    // The first product of each sum overwrites what the memory held; sums that had none are cleared.
+    if (q_.grad_core && !added_.core) clear(own_ + g_.sum_core, s_.kernel_h * s_.kernel_w * s_.rank_in * s_.rank_out);
+    if (q_.grad_factor_out && !added_.out) clear(own_ + g_.sum_out, s_.c_out * s_.rank_out);
+    if (q_.grad_factor_in && !added_.in) clear(own_ + g_.sum_in, s_.c_in * s_.rank_in);
   }
 
   // Adds up the pieces' sums, in their order, and writes an even share of the weight gradients.
@@ -93,19 +94,14 @@ class BottleneckBackward {
     }
   }
 
-  void clear(int64_t offset, int64_t n) { __builtin_memset(own_ + offset, 0, static_cast<size_t>(n) * 4); }
-
   float* to_pack(int64_t offset) const { return static_cast<float*>(q_.scratch) + offset; }
 
   // A weight as floats: in place, or widened. Every part widens for itself; the values are the same.
   const float* weight(const void* from, int64_t copy, int64_t n) const {
-    if constexpr (kBytes == 4) {
-      return static_cast<const float*>(from);
-    } else {
-      float* to = own_ + copy;
-      for (int64_t i = 0; i < n; ++i) to[i] = to_float(static_cast<const E*>(from)[i]);
-      return to;
-    }
+    if constexpr (kBytes == 4) return static_cast<const float*>(from);
+    float* to = own_ + copy;
+    for (int64_t i = 0; i < n; ++i) to[i] = to_float(static_cast<const E*>(from)[i]);
+    return to;
   }
 
   float* first_sums() const { return static_cast<float*>(q_.scratch) + g_.packed_words; }
@@ -175,9 +171,9 @@ class BottleneckBackward {
         z_filled = bottom;
       }
       if (g_.need_v) {
-        remake_v(b1 - b0);
+        remake_v(b1 - b0, ahead(q_.grad_y, q_.grad_y_strides, n, b1, g_.band, p_.out_height, p_.out_width, s_.c_out));
         accumulate(y_band, b1 - b0, p_.out_width, s_.c_out, own_ + g_.v, p_.out_width * s_.rank_out, s_.rank_out,
-                   own_ + g_.sum_out, rows_a_, rows_b_);
+                   own_ + g_.sum_out, std::exchange(added_.out, true), rows_a_, rows_b_);
       }
       if (q_.grad_core) accumulate_core(b1 - b0, own_ + g_.dv + (b0 - dv_top) * g_.dv_row);
       if (g_.need_dz && i0 < i1) finish_input_rows(n, x_all, i0, i1, dv_top);
@@ -203,12 +199,12 @@ class BottleneckBackward {
     for (int64_t row = from; row < to; ++row) {
       float* at = z + (row - top) * g_.z_row;
       if (row < 0 || row >= p_.height) {
-        __builtin_memset(at, 0, static_cast<size_t>(g_.z_row) * 4);
+        clear(at, g_.z_row);
         continue;
       }
       const int64_t right = (left + g_.z_used) * s_.rank_in;
-      __builtin_memset(at, 0, static_cast<size_t>(left * s_.rank_in) * 4);
-      __builtin_memset(at + right, 0, static_cast<size_t>(g_.z_row - right) * 4);
+      clear(at, left * s_.rank_in);
+      clear(at + right, g_.z_row - right);
     }
     const int64_t first = from < 0 ? 0 : from;
     const int64_t last = to > p_.height ? p_.height : to;
@@ -223,14 +219,27 @@ class BottleneckBackward {
     float* dv = own_ + g_.dv + (from - top) * g_.dv_row;
     const int64_t left = g_.dv_left * s_.rank_out, right = (g_.dv_left + p_.out_width) * s_.rank_out;
     for (int64_t r = 0; r < to - from; ++r) {
-      __builtin_memset(dv + r * g_.dv_row, 0, static_cast<size_t>(left) * 4);
-      __builtin_memset(dv + r * g_.dv_row + right, 0, static_cast<size_t>(g_.dv_row - right) * 4);
+      clear(dv + r * g_.dv_row, left);
+      clear(dv + r * g_.dv_row + right, g_.dv_row - right);
     }
     enter(y, to - from, p_.out_width, s_.c_out, packed_ + g_.out_columns, packed_ + g_.out_rows, s_.rank_out, dv + left,
           g_.dv_row, own_ + g_.flat, g_.flat_pitch);
   }
 
-  void remake_v(int64_t rows) {
+  // Lines of the next band, asked for while this one is multiplied.
+  Prefetch ahead(const void* image, const Strides4& strides, int64_t n, int64_t row, int64_t rows, int64_t height,
+                 int64_t width, int64_t channels) const {
+    if (!g_.streams || !image || row < 0 || row >= height) return {};
+    const int64_t pixels = width * (rows < height - row ? rows : height - row);
+    return lines_of(static_cast<const E*>(image) + n * strides.n + row * strides.h, strides, pixels, channels);
+  }
+
+  void run(const Product& m) const {
+    if (g_.streams) multiply<AOrder::kAlongK, false, FloatDot, true>(m);
+    else multiply<AOrder::kAlongK, false, FloatDot>(m);
+  }
+
+  void remake_v(int64_t rows, const Prefetch& next) {
     const int64_t across = p_.dilation_w == 1 ? 1 : s_.kernel_w;
     Product m;
     m.k = s_.rank_in * (across == 1 ? s_.kernel_w : 1);
@@ -253,7 +262,8 @@ class BottleneckBackward {
     m.c = reinterpret_cast<char*>(own_ + g_.v);
     m.c_row = s_.rank_out * 4;
     m.c_segment = p_.out_width * s_.rank_out * 4;
-    multiply<AOrder::kAlongK, false, FloatDot>(m);
+    m.read = next;
+    run(m);
   }
 
   // sum[tap][a][b] += Z^T dV. Undilated taps of a kernel row are neighbours in Z and make one taller product.
@@ -276,7 +286,7 @@ class BottleneckBackward {
     m.b_k = s_.rank_out * 4;
     m.columns = s_.rank_out;
     m.c_row = s_.rank_out * 4;
-    m.init_mode = Init::kAccumulate;
+    m.init_mode = std::exchange(added_.core, true) ? Init::kAccumulate : Init::kZero;
     for (int64_t y = 0; y < s_.kernel_h; ++y) {
       for (int64_t x = 0; x < across; ++x) {
         m.a =
@@ -291,17 +301,20 @@ class BottleneckBackward {
   void finish_input_rows(int64_t n, const ImageRows& x_all, int64_t i0, int64_t i1, int64_t dv_top) {
     float* dz = own_ + g_.dz;
     const int64_t dz_row = p_.width * s_.rank_in;
-    for (int64_t i = i0; i < i1; ++i) transposed_row(i, dz + (i - i0) * dz_row, dv_top);
+    for (int64_t i = i0; i < i1; ++i) transposed_row(n, i, dz + (i - i0) * dz_row, dv_top);
     if (q_.grad_x) leave(n, i0, i1, dz);
     if (q_.grad_factor_in) {
       const ImageRows x = readable<E>(x_all, g_.gather_x, i0, i1, p_.width, s_.c_in, own_ + g_.x_copy);
-      accumulate(x, i1 - i0, p_.width, s_.c_in, dz, dz_row, s_.rank_in, own_ + g_.sum_in, rows_a_, rows_b_);
+      accumulate(x, i1 - i0, p_.width, s_.c_in, dz, dz_row, s_.rank_in, own_ + g_.sum_in,
+                 std::exchange(added_.in, true), rows_a_, rows_b_);
     }
   }
 
   // One row of dZ: each residue class of columns modulo the stride meets its own taps.
-  void transposed_row(int64_t i, float* to, int64_t dv_top) {
+  void transposed_row(int64_t n, int64_t i, float* to, int64_t dv_top) {
     Product m;
+    m.read = ahead(p_.x, p_.x_strides, n, i + g_.band * p_.stride_h, 1, p_.height, p_.width, s_.c_in);
+    m.write = ahead(q_.grad_x, q_.grad_x_strides, n, i, 1, p_.height, p_.width, s_.c_in);
     m.packed_taps = s_.kernel_h * s_.kernel_w;
     m.k = s_.rank_out;
     m.a_tap = kernel_a_;
@@ -334,7 +347,8 @@ class BottleneckBackward {
         m.k = s_.rank_out * s_.kernel_w;
         m.packed_taps = s_.kernel_h;
       }
-      multiply<AOrder::kAlongK, false, FloatDot>(m);
+      run(m);
+      m.read = m.write = Prefetch{};
     }
   }
 
@@ -379,5 +393,8 @@ class BottleneckBackward {
   const BackwardGeometry& g_;
   const float* packed_;
   float* own_;
+  struct {
+    bool core = false, out = false, in = false;
+  } added_;
   int64_t *kernel_a_, *kernel_b_, *rows_a_, *rows_b_;
 };

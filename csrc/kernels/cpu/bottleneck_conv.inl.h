@@ -134,15 +134,10 @@ class BottleneckForward {
     read_ = write_ = Prefetch{};
     if (x_first >= 0 && x_first < p_.height) {
       const int64_t rows = x_first + x_rows < p_.height ? x_rows : p_.height - x_first;
-      read_ = lines_of(reinterpret_cast<const char*>(x_row(n, x_first)), p_.x_strides, rows * p_.width, p_.shape.c_in);
+      read_ = lines_of(x_row(n, x_first), p_.x_strides, rows * p_.width, p_.shape.c_in);
     }
     const E* y = static_cast<const E*>(p_.y) + n * p_.y_strides.n + y_first * p_.y_strides.h;
-    write_ = lines_of(reinterpret_cast<const char*>(y), p_.y_strides, y_rows * p_.out_width, p_.shape.c_out);
-  }
-
-  static Prefetch lines_of(const char* at, const Strides4& strides, int64_t pixels, int64_t channels) {
-    if (strides.c == 1) return {at, 64, pixels * strides.w * kBytes / 64, 1};
-    return {at, strides.c * kBytes, channels, pixels * kBytes / 64 + 1};
+    write_ = lines_of(y, p_.y_strides, y_rows * p_.out_width, p_.shape.c_out);
   }
 
   // Input rows [from, to) of image n into the window whose first row is input row `top`.

@@ -37,8 +37,20 @@ struct Tile {
   int64_t c_jump = 0;
   Store store = Store::kFloat;
   Prefetch read, write;  // one tap's share
-  int columns;  // valid columns; the rest of the last vector is neither read from masked B nor written
+  int columns;           // valid columns; the rest of the last vector is neither read from masked B nor written
 };
+
+// The lines of `pixels` neighbouring pixels of an image.
+template <class E>
+inline Prefetch lines_of(const E* at, const Strides4& strides, int64_t pixels, int64_t channels) {
+  constexpr int64_t kBytes = sizeof(E);
+  Prefetch p;
+  p.at = reinterpret_cast<const char*>(at);
+  p.pitch = strides.c == 1 ? 64 : strides.c * kBytes;
+  p.count = strides.c == 1 ? pixels * strides.w * kBytes / 64 : channels;
+  p.lines = strides.c == 1 ? 1 : pixels * kBytes / 64 + 1;
+  return p;
+}
 
 inline void fetch(const Tile& t, int64_t tap) {
   const char* at = t.read.at + tap * t.read.count * t.read.pitch;
@@ -143,15 +155,9 @@ TC_INLINE void initialise(Accumulators<kRows, kUnits>& acc, const Tile& t, int l
   using Acc = Accumulators<kRows, kUnits>;
   constexpr int kLast = kUnits * kUnit - Acc::kLastLanes;  // where the last vector starts
   switch (t.init_mode) {
-    case Init::kZero:
-      for_each(acc, [](int, int, auto& x) TC_LAMBDA { x = x.zero(); });
-      break;
-    case Init::kColumns:
-      for_each(acc, [&](int, int w, auto& x) TC_LAMBDA { x = x.load(t.init + w); });
-      break;
-    case Init::kRows:
-      for_each(acc, [&](int m, int, auto& x) TC_LAMBDA { x = x.broadcast(t.init + m); });
-      break;
+    case Init::kZero: for_each(acc, [](int, int, auto& x) TC_LAMBDA { x = x.zero(); }); break;
+    case Init::kColumns: for_each(acc, [&](int, int w, auto& x) TC_LAMBDA { x = x.load(t.init + w); }); break;
+    case Init::kRows: for_each(acc, [&](int m, int, auto& x) TC_LAMBDA { x = x.broadcast(t.init + m); }); break;
     case Init::kAccumulate:
       for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA {
         const char* p = row_of_c<kRows>(t, m) + w * 4;
@@ -180,9 +186,8 @@ template <int kRows, int kUnits>
 TC_INLINE void store_half_words(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
   using Acc = Accumulators<kRows, kUnits>;
   constexpr int kLast = kUnits * kUnit - Acc::kLastLanes;
-  for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA {
-    store_bf16(x, row_of_c<kRows>(t, m) + w * 2, w == kLast ? last_lanes : x.kLanes);
-  });
+  for_each(acc, [&](int m, int w, auto& x)
+                    TC_LAMBDA { store_bf16(x, row_of_c<kRows>(t, m) + w * 2, w == kLast ? last_lanes : x.kLanes); });
 }
 
 #if defined(TC_BF16_DOT)

@@ -74,9 +74,9 @@ inline void enter(const ImageRows& x, int64_t rows, int64_t width, int64_t chann
   }
 }
 
-// sum[channel][rank] += image^T * rank-space rows, over `rows` rows of `width` pixels.
+// sum[channel][rank] = (sum if `add`) + image^T * rank-space rows, over `rows` rows of `width` pixels.
 inline void accumulate(const ImageRows& x, int64_t rows, int64_t width, int64_t channels, const float* from,
-                       int64_t from_row, int64_t rank, float* sum, int64_t* row_a, int64_t* row_b) {
+                       int64_t from_row, int64_t rank, float* sum, bool add, int64_t* row_a, int64_t* row_b) {
   Product m;
   m.rows = channels;
   m.k = width;
@@ -94,7 +94,7 @@ inline void accumulate(const ImageRows& x, int64_t rows, int64_t width, int64_t 
   m.columns = rank;
   m.c = reinterpret_cast<char*>(sum);
   m.c_row = rank * 4;
-  m.init_mode = Init::kAccumulate;
+  m.init_mode = add ? Init::kAccumulate : Init::kZero;
   if (x.rows_form) {
     m.a_row = x.channel;
     multiply<AOrder::kAlongK, false, FloatDot>(m);

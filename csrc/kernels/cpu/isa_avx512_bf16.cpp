@@ -4,7 +4,7 @@
 
 #if defined(TC_X86)
 #if defined(__clang__)
-#pragma clang attribute push(                                                                        \
+#pragma clang attribute push(                                                                               \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2,prfchw"))), \
     apply_to = function)
 #else
