@@ -39,7 +39,8 @@ struct BottleneckConvParams {
   Strides4 x_strides;
   void* y = nullptr;  // dense: channels-last where y_strides.c == 1, else contiguous
   Strides4 y_strides;
-  const void* packed = nullptr;  // what the table's pack function wrote
+  const void* packed = nullptr;  // what the table's pack or pack_for function wrote
+  bool packed_whole = false;     // pack, which serves any problem of this shape
   const void* bias = nullptr;    // [c_out] in the dtype of x, or null
   void* scratch = nullptr;       // scratch_bytes() of the plan, 64-byte aligned
 };

@@ -14,20 +14,13 @@ namespace {
 // In front of packed weights; 64 bytes keep what follows aligned.
 struct PackedHeader {
   static constexpr int64_t kMagic = 0x3270636e6574;  // "tencp2"
-  int64_t magic, isa, dtype;
-  int64_t c_in_rank_in, rank_out_c_out, kernel, reserved[2];
+  int64_t magic, isa_and_dtype, c_in, rank_in, rank_out, c_out, kernel_h, kernel_w;
 };
 static_assert(sizeof(PackedHeader) == 64, "packed weights start at a cache line");
 
 PackedHeader packed_header(const BottleneckShape& s, int64_t isa) {
-  const auto both = [](int64_t high, int64_t low) { return (high << 32) | low; };
-  return {PackedHeader::kMagic,
-          isa,
-          static_cast<int64_t>(s.dtype),
-          both(s.c_in, s.rank_in),
-          both(s.rank_out, s.c_out),
-          both(s.kernel_h, s.kernel_w),
-          {0, 0}};
+  const int64_t isa_and_dtype = isa * 16 + static_cast<int64_t>(s.dtype);
+  return {PackedHeader::kMagic, isa_and_dtype, s.c_in, s.rank_in, s.rank_out, s.c_out, s.kernel_h, s.kernel_w};
 }
 
 std::string list(const Tensor& t) {
@@ -66,8 +59,9 @@ BottleneckShape checked_shape(const Tensor& core, const Tensor& factor_out, cons
 }
 
 BottleneckConvParams checked_problem(const BottleneckShape& s, const Tensor& x, const ConvGeometry& g) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == s.c_in, "tucker2_conv2d: x must be [N, C_in, H, W] with C_in = ", s.c_in,
-                  ", got ", list(x));
+  STD_TORCH_CHECK(x.dim() == 4, "tucker2_conv2d: x must be [N, C_in, H, W], got ", list(x));
+  STD_TORCH_CHECK(x.size(1) == s.c_in, "tucker2_conv2d: factor_in must be [C_in, R_in] with C_in = ", x.size(1),
+                  ", got [", s.c_in, ", ", s.rank_in, "]");
   STD_TORCH_CHECK(x.is_cpu() && has_native_dtype(x) && kernel_dtype(x) == s.dtype,
                   "tucker2_conv2d: x must lie on the CPU and have the dtype of the weights");
   STD_TORCH_CHECK(g.stride[0] > 0 && g.stride[1] > 0 && g.dilation[0] > 0 && g.dilation[1] > 0,
@@ -123,7 +117,7 @@ namespace {
 
 // Runs a prepared problem; weights are packed here unless the caller has them packed.
 Tensor run_forward(BottleneckConvParams& p, const Tensor& x, const std::optional<Tensor>& bias,
-                   const BottleneckWeights* weights) {
+                   const BottleneckWeights* weights, const BottleneckKernels& kernels) {
   const BottleneckShape& s = p.shape;
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.c_out,
@@ -142,10 +136,9 @@ Tensor run_forward(BottleneckConvParams& p, const Tensor& x, const std::optional
     bias_held = dense(*bias);
     p.bias = bias_held.const_data_ptr();
   }
-  const BottleneckKernels& kernels = kernel_table().bottleneck(s.dtype);
   const int64_t threads = useful_threads(bottleneck_macs(p));
   const BottleneckPlan plan = kernels.plan(p, threads);
-  const size_t packed_bytes = weights ? (kernels.packed_bytes(s) + 63) / 64 * 64 : 0;
+  const size_t packed_bytes = weights ? (kernels.packed_bytes_for(p, threads) + 63) / 64 * 64 : 0;
   Tensor scratch = empty_bytes(plan.scratch_bytes + packed_bytes);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
   if (weights) {
@@ -187,7 +180,7 @@ Tensor tucker2_conv2d(const Tensor& x, const Tensor& core, const Tensor& factor_
   BottleneckConvParams p = checked_problem(s, x, conv_geometry(stride, padding, dilation));
   const Tensor c = dense(core), out = dense(factor_out), in = dense(factor_in);
   const BottleneckWeights weights{c.const_data_ptr(), out.const_data_ptr(), in.const_data_ptr()};
-  return run_forward(p, x, bias, &weights);
+  return run_forward(p, x, bias, &weights, kernel_table().bottleneck(s.dtype));
 }
 
 Tensor tucker2_conv2d_pack(const Tensor& core, const Tensor& factor_out, const Tensor& factor_in) {
@@ -234,7 +227,8 @@ Tensor tucker2_conv2d_packed(const Tensor& x, const Tensor& packed, std::optiona
       "tucker2_conv2d_packed: packed is truncated");
   BottleneckConvParams p = checked_problem(s, x, g);
   p.packed = from + sizeof(PackedHeader);
-  return run_forward(p, x, bias, nullptr);
+  p.packed_whole = true;
+  return run_forward(p, x, bias, nullptr, table.bottleneck(s.dtype));
 }
 
 }  // namespace

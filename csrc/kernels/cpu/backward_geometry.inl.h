@@ -4,14 +4,15 @@ struct BackwardGeometry {
   bool x_rows, y_rows;      // pixels lie together in x, in grad_y
   bool gather_x, gather_y;  // copied to dense float32 rows first
   bool need_z, need_v, need_dv, need_dz, merged;
-  int64_t band;  // output rows a step
-  int64_t halo;  // input rows an output row spans
+  bool grad_x_columns, grad_x_rows;  // which form dx leaves in, if it is wanted
+  int64_t band;                      // output rows a step
+  int64_t halo;                      // input rows an output row spans
   int64_t z_width, z_used, z_row, z_rows;
   int64_t dv_left, dv_width, dv_row, dv_rows;  // window of dV: zero pixels on the left, pixels, words a row, rows
   int64_t in_band;                             // input rows finished in a step, at most
   int64_t flat_pitch;
   // Word offsets: packed weights (shared), then per part the windows and the sums.
-  int64_t in_columns, in_rows, core, core_back, out_columns, out_rows, x_columns, x_rows_form, packed_words;
+  int64_t in_rows, core, core_back, out_rows, x_columns, x_rows_form, packed_words;
   int64_t z, v, dv, dz, flat, x_copy, y_copy, taps;
   int64_t wide_in, wide_core, wide_out;  // the weights as floats, where they are narrower
   int64_t sum_core, sum_out, sum_in, sum_bias, part_words;
@@ -77,14 +78,14 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
     return start;
   };
   const int64_t kernel = s.kernel_h * s.kernel_w;
-  g.in_columns = take(s.c_in * padded_columns(s.rank_in));
-  g.in_rows = take(s.rank_in * s.c_in);
-  g.core = take(kernel * s.rank_in * padded_columns(s.rank_out));
-  g.core_back = take(kernel * s.rank_out * padded_columns(s.rank_in));
-  g.out_columns = take(s.c_out * padded_columns(s.rank_out));
-  g.out_rows = take(s.rank_out * s.c_out);
-  g.x_columns = take(s.rank_in * padded_columns(s.c_in));
-  g.x_rows_form = take(s.c_in * s.rank_in);
+  g.grad_x_columns = q.grad_x && q.grad_x_strides.c == 1;
+  g.grad_x_rows = q.grad_x && q.grad_x_strides.c != 1;
+  g.in_rows = take(g.need_z && g.x_rows ? s.rank_in * s.c_in : 0);
+  g.core = take(g.need_v ? kernel * s.rank_in * padded_columns(s.rank_out) : 0);
+  g.core_back = take(g.need_dz ? kernel * s.rank_out * padded_columns(s.rank_in) : 0);
+  g.out_rows = take(g.need_dv && g.y_rows ? s.rank_out * s.c_out : 0);
+  g.x_columns = take(g.grad_x_columns ? s.rank_in * padded_columns(s.c_in) : 0);
+  g.x_rows_form = take(g.grad_x_rows ? s.c_in * s.rank_in : 0);
   g.packed_words = at;
 
   at = 0;
@@ -106,4 +107,20 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   g.sum_bias = take(q.grad_bias ? s.c_out : 0);
   g.part_words = at;
   return g;
+}
+
+// Packs this part's share of the forms that backward's products read.
+inline void pack_backward(const BottleneckShape& s, const BackwardGeometry& g, const float* core, const float* out,
+                          const float* in, int64_t part, float* to) {
+  using F = Float32;
+  const int64_t taps = s.kernel_h * s.kernel_w, a = s.rank_in, b = s.rank_out;
+  int64_t turn = 0;
+  const auto mine = [&](bool wanted) { return wanted && turn++ % g.threads == part; };
+  if (mine(g.need_v)) pack_columns<F>(core, taps, 1, a, taps, b, a * taps, to + g.core);
+  // All taps in reverse, as the transposed convolution meets them along a row of dV.
+  if (mine(g.need_dz)) pack_columns<F>(core + taps - 1, taps, -1, b, a * taps, a, taps, to + g.core_back);
+  if (mine(g.need_z && g.x_rows)) pack_rows<F>(in, a, 1, 1, 0, s.c_in, a, to + g.in_rows);
+  if (mine(g.need_dv && g.y_rows)) pack_rows<F>(out, b, 1, 1, 0, s.c_out, b, to + g.out_rows);
+  if (mine(g.grad_x_columns)) pack_columns<F>(in, 1, 0, a, 1, s.c_in, a, to + g.x_columns);
+  if (mine(g.grad_x_rows)) pack_rows<F>(in, s.c_in, a, 1, 0, a, 1, to + g.x_rows_form);
 }

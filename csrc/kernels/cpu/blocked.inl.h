@@ -74,7 +74,8 @@ inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
   t.init_mode = p.init_mode;
   t.store = p.store;
   if constexpr (kFetch) {
-    const int64_t steps = (total_units + kMaxUnits - 1) / kMaxUnits * per_unit * p.taps;
+    const int64_t panels = (total_units + kMaxUnits - 1) / kMaxUnits;
+    const int64_t steps = panels * per_unit * (p.taps > 0 ? p.taps : 1);  // a product without taps writes zeros
     t.read = p.read;
     t.write = p.write;
     t.read.count = (p.read.count + steps - 1) / steps;

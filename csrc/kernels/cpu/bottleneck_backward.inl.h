@@ -20,28 +20,20 @@ class BottleneckBackward {
     kernel_b_ = kernel_a_ + s_.kernel_h * s_.kernel_w;
     rows_a_ = kernel_b_ + s_.kernel_h * s_.kernel_w;
     rows_b_ = rows_a_ + g_.band + g_.in_band;
+    factor_in_ = weight(q.weights.factor_in, g_.wide_in);
+    factor_out_ = weight(q.weights.factor_out, g_.wide_out);
+    core_ = weight(q.weights.core, g_.wide_core);
   }
 
-  // The weights in the forms the products read, one form after the other, dealt out to the parts.
+  // The weights in the forms the products read, one form after the other, dealt out to the parts. Every part widens
+  // narrow weights for itself.
   void pack(int64_t part) {
-    const int64_t taps = s_.kernel_h * s_.kernel_w;
-    int64_t turn = 0;
-    const auto mine = [&](bool wanted) { return wanted && turn++ % g_.threads == part; };
-    const float* in = weight(q_.weights.factor_in, g_.wide_in, s_.c_in * s_.rank_in);
-    const float* core = weight(q_.weights.core, g_.wide_core, taps * s_.rank_in * s_.rank_out);
-    const float* out = weight(q_.weights.factor_out, g_.wide_out, s_.c_out * s_.rank_out);
-    const int64_t a = s_.rank_in, b = s_.rank_out;
-    using F = Float32;
-    if (mine(g_.need_v)) pack_columns<F>(core, taps, 1, a, taps, b, a * taps, to_pack(g_.core));
-    // All taps in reverse, as the transposed convolution meets them along a row of dV.
-    if (mine(g_.need_dz)) pack_columns<F>(core + taps - 1, taps, -1, b, a * taps, a, taps, to_pack(g_.core_back));
-    if (mine(g_.need_z && !g_.x_rows)) pack_columns<F>(in, 1, 0, s_.c_in, a, a, 1, to_pack(g_.in_columns));
-    if (mine(g_.need_z && g_.x_rows)) pack_rows<F>(in, a, 1, 1, 0, s_.c_in, a, to_pack(g_.in_rows));
-    if (mine(g_.need_dv && !g_.y_rows)) pack_columns<F>(out, 1, 0, s_.c_out, b, b, 1, to_pack(g_.out_columns));
-    if (mine(g_.need_dv && g_.y_rows)) pack_rows<F>(out, b, 1, 1, 0, s_.c_out, b, to_pack(g_.out_rows));
-    const bool grad_x_columns = q_.grad_x_strides.c == 1;
-    if (mine(q_.grad_x && grad_x_columns)) pack_columns<F>(in, 1, 0, a, 1, s_.c_in, a, to_pack(g_.x_columns));
-    if (mine(q_.grad_x && !grad_x_columns)) pack_rows<F>(in, s_.c_in, a, 1, 0, a, 1, to_pack(g_.x_rows_form));
+    if constexpr (kBytes == 2) {
+      widen(q_.weights.factor_in, g_.wide_in, s_.c_in * s_.rank_in);
+      widen(q_.weights.core, g_.wide_core, s_.kernel_h * s_.kernel_w * s_.rank_in * s_.rank_out);
+      widen(q_.weights.factor_out, g_.wide_out, s_.c_out * s_.rank_out);
+    }
+    pack_backward(s_, g_, core_, factor_out_, factor_in_, part, static_cast<float*>(q_.scratch));
   }
 
   // Output rows [begin, end) of all images, counted through the batch.
@@ -94,14 +86,13 @@ class BottleneckBackward {
     }
   }
 
-  float* to_pack(int64_t offset) const { return static_cast<float*>(q_.scratch) + offset; }
+  // A weight as floats: in place, or where pack() widens it to.
+  const float* weight(const void* from, int64_t copy) const {
+    return kBytes == 4 ? static_cast<const float*>(from) : own_ + copy;
+  }
 
-  // A weight as floats: in place, or widened. Every part widens for itself; the values are the same.
-  const float* weight(const void* from, int64_t copy, int64_t n) const {
-    if constexpr (kBytes == 4) return static_cast<const float*>(from);
-    float* to = own_ + copy;
-    for (int64_t i = 0; i < n; ++i) to[i] = to_float(static_cast<const E*>(from)[i]);
-    return to;
+  void widen(const void* from, int64_t copy, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) own_[copy + i] = to_float(static_cast<const E*>(from)[i]);
   }
 
   float* first_sums() const { return static_cast<float*>(q_.scratch) + g_.packed_words; }
@@ -150,11 +141,9 @@ class BottleneckBackward {
       const int64_t b1 = b0 + g_.band < last ? b0 + g_.band : last;
       const int64_t i0 = input_row(b0), i1 = input_row(b1);
       // Rows of dV for this band's weight gradients and for the input rows it finishes.
-      int64_t dv_first = b0;
-      if (g_.need_dz && i0 < i1) {
-        const int64_t reach = ceil_div(i0 + p_.pad_top - g_.halo + 1, p_.stride_h);
-        dv_first = reach < 0 ? 0 : reach < b0 ? reach : b0;
-      }
+      // Its first row only ever moves down: rows once left behind are not made again.
+      const int64_t reach = g_.need_dz ? (g_.halo - 1) / p_.stride_h : 0;
+      const int64_t dv_first = b0 > reach ? b0 - reach : 0;
       slide(own_ + g_.dv, g_.dv_row, dv_top, dv_filled, dv_first, started);
       const int64_t y_first = g_.need_dv && dv_filled < b0 ? dv_filled : b0;
       const ImageRows y_new = readable<E>(y_all, g_.gather_y, y_first, b1, p_.out_width, s_.c_out, own_ + g_.y_copy);
@@ -210,7 +199,7 @@ class BottleneckBackward {
     const int64_t last = to > p_.height ? p_.height : to;
     if (first >= last || g_.z_used <= 0) return;
     const ImageRows rows = readable<E>(x, g_.gather_x, first, last, p_.width, s_.c_in, own_ + g_.x_copy);
-    enter(rows, last - first, g_.z_used, s_.c_in, packed_ + g_.in_columns, packed_ + g_.in_rows, s_.rank_in,
+    enter(rows, last - first, g_.z_used, s_.c_in, factor_in_, packed_ + g_.in_rows, s_.rank_in,
           z + (first - top) * g_.z_row + left * s_.rank_in, g_.z_row, own_ + g_.flat, g_.flat_pitch);
   }
 
@@ -222,8 +211,8 @@ class BottleneckBackward {
       clear(dv + r * g_.dv_row, left);
       clear(dv + r * g_.dv_row + right, g_.dv_row - right);
     }
-    enter(y, to - from, p_.out_width, s_.c_out, packed_ + g_.out_columns, packed_ + g_.out_rows, s_.rank_out, dv + left,
-          g_.dv_row, own_ + g_.flat, g_.flat_pitch);
+    enter(y, to - from, p_.out_width, s_.c_out, factor_out_, packed_ + g_.out_rows, s_.rank_out, dv + left, g_.dv_row,
+          own_ + g_.flat, g_.flat_pitch);
   }
 
   // Lines of the next band, asked for while this one is multiplied.
@@ -391,7 +380,7 @@ class BottleneckBackward {
   const BottleneckConvParams& p_;
   const BottleneckShape& s_;
   const BackwardGeometry& g_;
-  const float* packed_;
+  const float *packed_, *factor_in_, *factor_out_, *core_;
   float* own_;
   struct {
     bool core = false, out = false, in = false;

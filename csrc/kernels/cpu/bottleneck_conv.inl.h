@@ -15,7 +15,7 @@ class BottleneckForward {
   BottleneckForward(const BottleneckConvParams& p, const BottleneckGeometry& g, float* scratch, float* shared)
       : p_(p),
         g_(g),
-        l_(packed_layout<T>(p.shape)),
+        l_(packed_layout<T>(p.shape, p.packed_whole ? PackedForms{} : g.forms())),
         w_(static_cast<const float*>(p.packed)),
         own_(scratch),
         z_(shared + g.z),
@@ -168,13 +168,14 @@ class BottleneckForward {
     __builtin_memset(z, 0, static_cast<size_t>(left * g_.words_mid) * 4);
     const int64_t end = g_.z_row;
     __builtin_memset(z + right * g_.words_mid, 0, static_cast<size_t>(end - right * g_.words_mid) * 4);
-    if (T::kPairs && p_.shape.rank_in % 2) clear_last_halves(z + left * g_.words_mid, g_.z_used, g_.words_mid);
+    if (T::kPairs && p_.shape.rank_in % 2)
+      clear_last_halves(z + left * g_.words_mid, g_.z_used, g_.words_mid, g_.words_mid);
   }
 
   // The absent half of an odd rank's last pair is multiplied by zero and must not be NaN. Only that half is written:
   // another part may be writing the other.
-  static void clear_last_halves(float* row, int64_t pixels, int64_t pitch) {
-    char* p = reinterpret_cast<char*>(row) + pitch * 4 - 2;
+  static void clear_last_halves(float* row, int64_t pixels, int64_t words, int64_t pitch) {
+    char* p = reinterpret_cast<char*>(row) + words * 4 - 2;
     for (int64_t i = 0; i < pixels; ++i, p += pitch * 4) __builtin_memset(p, 0, 2);
   }
 
@@ -222,6 +223,7 @@ class BottleneckForward {
       m.c = reinterpret_cast<char*>(flat);
       m.c_row = pitch * 4;
       multiply<AOrder::kAlongK, false, Dot>(m);
+      if (T::kPairs && p_.shape.rank_in % 2) clear_last_halves(flat, g_.z_used, g_.words_mid, pitch);
       transpose_words(flat, pitch, g_.z_used, g_.words_mid, z + p_.pad_left, g_.z_pitch);
     }
   }
@@ -313,7 +315,8 @@ class BottleneckForward {
       m.c_segment = p_.out_width * g_.words_out * 4;
       m.store = T::kPairs ? Store::kBfloat16 : Store::kFloat;
       m.c_column = T::kPairs ? 2 : 4;
-      if (T::kPairs && p_.shape.rank_out % 2 && part == 0) clear_last_halves(v_, rows * p_.out_width, g_.words_out);
+      if (T::kPairs && p_.shape.rank_out % 2 && part == 0)
+        clear_last_halves(v_, rows * p_.out_width, g_.words_out, g_.words_out);
       if (g_.streams) multiply<AOrder::kAlongK, false, Dot, true>(m);
       else multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
       return;

@@ -3,17 +3,22 @@
 // The forward entry points of one element type.
 template <class T>
 struct BottleneckForwardEntry {
-  static size_t packed_bytes(const BottleneckShape& s) { return static_cast<size_t>(packed_layout<T>(s).total) * 4; }
+  static size_t packed_bytes(const BottleneckShape& s) {
+    return static_cast<size_t>(packed_layout<T>(s, PackedForms{}).total) * 4;
+  }
 
   static void pack(const BottleneckShape& s, const BottleneckWeights& w, void* to) {
     pack_bottleneck<T>(s, w, PackedForms{}, static_cast<float*>(to));
   }
 
+  static size_t packed_bytes_for(const BottleneckConvParams& p, int64_t threads) {
+    const PackedForms forms = bottleneck_geometry<T>(p, threads).forms();
+    return static_cast<size_t>(packed_layout<T>(p.shape, forms).total) * 4;
+  }
+
   // Only the forms that this problem reads.
   static void pack_for(const BottleneckConvParams& p, int64_t threads, const BottleneckWeights& w, void* to) {
-    const BottleneckGeometry g = bottleneck_geometry<T>(p, threads);
-    const PackedForms forms{!g.x_rows, g.x_rows, !g.core_rows, g.core_rows, !g.y_rows, g.y_rows};
-    pack_bottleneck<T>(p.shape, w, forms, static_cast<float*>(to));
+    pack_bottleneck<T>(p.shape, w, bottleneck_geometry<T>(p, threads).forms(), static_cast<float*>(to));
   }
 
   static BottleneckPlan plan(const BottleneckConvParams& p, int64_t threads) {
@@ -63,7 +68,8 @@ struct Bottleneck : BottleneckForwardEntry<T> {
   }
 
   static constexpr BottleneckKernels table() {
-    return {Forward::packed_bytes, Forward::pack, Forward::pack_for, Forward::plan,
-            Forward::run,          backward_plan, backward_run};
+    return {Forward::packed_bytes, Forward::pack, Forward::packed_bytes_for,
+            Forward::pack_for,     Forward::plan, Forward::run,
+            backward_plan,         backward_run};
   }
 };

@@ -19,6 +19,7 @@ struct BottleneckGeometry {
   // Word offsets in the scratch of one part.
   int64_t z, v, v_other, flat, gathered, bias, taps, part_words;
   bool phased;
+  PackedForms forms() const { return {!x_rows, x_rows, !core_rows, core_rows, !y_rows, y_rows}; }
   bool streams;  // x and y do not stay in a private cache: their lines are asked for ahead
 };
 
@@ -82,7 +83,7 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   const int64_t v_rows_words = g.words_out * g.v_pitch;
   // In rows form x is multiplied some image rows at a time, so that narrow images fill the vectors too.
   const bool dense_rows = p.x_strides.h == p.width && g.z_used == p.width;
-  g.in_block = g.x_rows && dense_rows && !g.gather_x && p.width < 32 ? (32 + p.width - 1) / p.width : 1;
+  g.in_block = g.x_rows && dense_rows && p.width > 0 && p.width < 32 ? (32 + p.width - 1) / p.width : 1;
   g.flat_pitch = round_up(g.in_block * p.width, 16) + 16;
 
   const int64_t bytes = p.batch * (p.height * p.width * s.c_in + p.out_height * p.out_width * s.c_out) *

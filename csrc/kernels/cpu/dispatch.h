@@ -13,6 +13,7 @@ namespace tensorcomp {
 struct BottleneckKernels {
   size_t (*packed_bytes)(const BottleneckShape&);
   void (*pack)(const BottleneckShape&, const BottleneckWeights&, void* to);
+  size_t (*packed_bytes_for)(const BottleneckConvParams&, int64_t threads);
   void (*pack_for)(const BottleneckConvParams&, int64_t threads, const BottleneckWeights&, void* to);
   BottleneckPlan (*plan)(const BottleneckConvParams&, int64_t threads);
   void (*run)(const BottleneckConvParams&, int64_t threads, int64_t phase, int64_t part);

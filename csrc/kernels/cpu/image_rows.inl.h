@@ -39,10 +39,10 @@ inline ImageRows readable(const ImageRows& from, bool gather, int64_t first, int
   return to;
 }
 
-// Pointwise product of image rows with a factor, packed in the form the image needs, into rank-space rows
-// [pixel][rank].
-inline void enter(const ImageRows& x, int64_t rows, int64_t width, int64_t channels, const float* columns,
-                  const float* a_rows, int64_t rank, float* to, int64_t to_row, float* flat, int64_t flat_pitch) {
+// Pointwise product of image rows with a factor [channel][rank] into rank-space rows [pixel][rank]. Where pixels lie
+// together it reads the factor transposed.
+inline void enter(const ImageRows& x, int64_t rows, int64_t width, int64_t channels, const float* factor,
+                  const float* transposed, int64_t rank, float* to, int64_t to_row, float* flat, int64_t flat_pitch) {
   Product m;
   m.k = channels;
   if (!x.rows_form) {
@@ -51,16 +51,18 @@ inline void enter(const ImageRows& x, int64_t rows, int64_t width, int64_t chann
     m.a = x.data;
     m.a_row = x.pixel;
     m.a_segment = x.row;
-    m.b = reinterpret_cast<const char*>(columns);
+    m.b = reinterpret_cast<const char*>(factor);
+    m.b_packed = false;
+    m.b_k = rank * 4;
     m.columns = rank;
     m.c = reinterpret_cast<char*>(to);
     m.c_row = rank * 4;
     m.c_segment = to_row * 4;
-    multiply<AOrder::kAlongK, false, FloatDot>(m);
+    multiply<AOrder::kAlongK, true, FloatDot>(m);
     return;
   }
   m.rows = rank;
-  m.a = reinterpret_cast<const char*>(a_rows);
+  m.a = reinterpret_cast<const char*>(transposed);
   m.a_row = channels * 4;
   m.b_packed = false;
   m.b_k = x.channel;

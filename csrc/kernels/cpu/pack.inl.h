@@ -147,6 +147,11 @@ inline void pack_rows(const typename T::Element* from, int64_t rows, int64_t row
   }
 }
 
+// Which of a weight's two forms a call needs.
+struct PackedForms {
+  bool in_columns = true, in_rows = true, core_columns = true, core_rows = true, out_columns = true, out_rows = true;
+};
+
 // Where each weight lies in a packed block, in words. `columns` forms serve pixels along rows, `rows` forms pixels
 // along vectors.
 struct PackedLayout {
@@ -154,34 +159,29 @@ struct PackedLayout {
 };
 
 template <class T>
-inline PackedLayout packed_layout(const BottleneckShape& s) {
+inline PackedLayout packed_layout(const BottleneckShape& s, const PackedForms& forms) {
   const int64_t taps = s.kernel_h * s.kernel_w;
   PackedLayout l;
   int64_t at = 0;
-  const auto take = [&at](int64_t n) {
+  const auto take = [&at](bool wanted, int64_t n) {
     const int64_t start = at;
-    at += (n + 15) / 16 * 16;
+    if (wanted) at += (n + 15) / 16 * 16;
     return start;
   };
-  l.in_columns = take(words<T>(s.c_in) * padded_columns(s.rank_in));
-  l.in_rows = take(words<T>(s.c_in) * s.rank_in);
-  l.core_columns = take(words<T>(s.rank_in) * taps * padded_columns(s.rank_out));
-  l.core_rows = take(words<T>(s.rank_in) * taps * s.rank_out);
-  l.out_columns = take(words<T>(s.rank_out) * padded_columns(s.c_out));
-  l.out_rows = take(words<T>(s.rank_out) * s.c_out);
+  l.in_columns = take(forms.in_columns, words<T>(s.c_in) * padded_columns(s.rank_in));
+  l.in_rows = take(forms.in_rows, words<T>(s.c_in) * s.rank_in);
+  l.core_columns = take(forms.core_columns, words<T>(s.rank_in) * taps * padded_columns(s.rank_out));
+  l.core_rows = take(forms.core_rows, words<T>(s.rank_in) * taps * s.rank_out);
+  l.out_columns = take(forms.out_columns, words<T>(s.rank_out) * padded_columns(s.c_out));
+  l.out_rows = take(forms.out_rows, words<T>(s.rank_out) * s.c_out);
   l.total = at;
   return l;
 }
 
-// Which of a weight's two forms a call needs.
-struct PackedForms {
-  bool in_columns = true, in_rows = true, core_columns = true, core_rows = true, out_columns = true, out_rows = true;
-};
-
 template <class T>
 inline void pack_bottleneck(const BottleneckShape& s, const BottleneckWeights& w, const PackedForms& forms, float* to) {
   using E = typename T::Element;
-  const PackedLayout l = packed_layout<T>(s);
+  const PackedLayout l = packed_layout<T>(s, forms);
   const int64_t taps = s.kernel_h * s.kernel_w;
   const E* in = static_cast<const E*>(w.factor_in);
   const E* core = static_cast<const E*>(w.core);

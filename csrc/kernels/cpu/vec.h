@@ -48,44 +48,40 @@ inline Wide dot_pairs(Wide a, Wide b, Wide c) { return {_mm512_dpbf16_ps(c.v, (_
 inline Half dot_pairs(Half a, Half b, Half c) { return {_mm256_dpbf16_ps(c.v, (__m256bh)a.v, (__m256bh)b.v)}; }
 #endif
 
-// Words holding the bfloat16 value (rounded to nearest even) in their upper half.
-inline Wide round_bf16(Wide a) {
+#if defined(TC_BF16_DOT)
+inline __m256i to_bf16(Wide a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
+inline __m128i to_bf16(Half a) { return (__m128i)_mm256_cvtneps_pbh(a.v); }
+// Word i: bfloat16 of lo[i] in the lower half, of hi[i] in the upper half.
+inline Wide pair_bf16(Wide lo, Wide hi) {
+  const __m512i l = _mm512_cvtepu16_epi32(to_bf16(lo)), h = _mm512_cvtepu16_epi32(to_bf16(hi));
+  return {_mm512_castsi512_ps(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)))};
+}
+inline Half pair_bf16(Half lo, Half hi) {
+  const __m256i l = _mm256_cvtepu16_epi32(to_bf16(lo)), h = _mm256_cvtepu16_epi32(to_bf16(hi));
+  return {_mm256_castsi256_ps(_mm256_or_si256(l, _mm256_slli_epi32(h, 16)))};
+}
+#else
+// Rounded to nearest even; NaN stays NaN.
+inline __m256i to_bf16(Wide a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
-  return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(rounded, nan, quiet))};
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
-inline Half round_bf16(Half a) {
+inline __m128i to_bf16(Half a) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
   const __mmask8 nan = _mm256_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-  return {_mm256_castsi256_ps(_mm256_mask_mov_epi32(rounded, nan, quiet))};
+  return _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_mask_mov_epi32(rounded, nan, quiet), 16));
 }
-inline void store_bf16(Wide a, void* p, int lanes) {
-  const __m512i u = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(a).v), 16);
-  _mm256_mask_storeu_epi16(p, Wide::mask(lanes), _mm512_cvtepi32_epi16(u));
-}
-inline void store_bf16(Half a, void* p, int lanes) {
-  const __m256i u = _mm256_srli_epi32(_mm256_castps_si256(round_bf16(a).v), 16);
-  _mm_mask_storeu_epi16(p, Half::mask(lanes), _mm256_cvtepi32_epi16(u));
-}
-// Word i: bfloat16 of lo[i] in the lower half, of hi[i] in the upper half.
-inline Wide pair_bf16(Wide lo, Wide hi) {
-  const __m512i l = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(lo).v), 16);
-  const __m512i h =
-      _mm512_and_si512(_mm512_castps_si512(round_bf16(hi).v), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  return {_mm512_castsi512_ps(_mm512_or_si512(l, h))};
-}
-inline Half pair_bf16(Half lo, Half hi) {
-  const __m256i l = _mm256_srli_epi32(_mm256_castps_si256(round_bf16(lo).v), 16);
-  const __m256i h =
-      _mm256_and_si256(_mm256_castps_si256(round_bf16(hi).v), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
-  return {_mm256_castsi256_ps(_mm256_or_si256(l, h))};
-}
+#endif
+
+inline void store_bf16(Wide a, void* p, int lanes) { _mm256_mask_storeu_epi16(p, Wide::mask(lanes), to_bf16(a)); }
+inline void store_bf16(Half a, void* p, int lanes) { _mm_mask_storeu_epi16(p, Half::mask(lanes), to_bf16(a)); }
 
 #elif defined(TC_AVX2)
 
