@@ -29,6 +29,8 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # ninja, cmake and the like are found in the environment first.
 export PATH := $(BIN):$(PATH)
+# A user's installation does not fail over a warning; ours does.
+export TENSORCOMP_WERROR ?= 1
 
 INSTALLED := $(VENV)/.tensorcomp-installed
 NATIVE := tensorcomp_ext/_ops.so
@@ -76,7 +78,7 @@ cpp-test: $(INSTALLED)
 	set -e; for sanitizer in $(SANITIZERS); do \
 	  tree=cmake-build-$${sanitizer//,/-}; \
 	  cmake -S . -B $$tree -G Ninja -DPython3_EXECUTABLE=$(BIN)/python \
-	    -DTENSORCOMP_SANITIZE=$${sanitizer/none/} -DTENSORCOMP_BUILD_TESTS=ON; \
+	    -DTENSORCOMP_SANITIZE=$${sanitizer/none/} -DTENSORCOMP_BUILD_TESTS=ON -DTENSORCOMP_WERROR=ON; \
 	  cmake --build $$tree; \
 	  ctest --test-dir $$tree --output-on-failure; \
 	done

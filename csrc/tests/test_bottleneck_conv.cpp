@@ -17,8 +17,9 @@ enum class Packing { kOnce, kForProblem };
 double error_of(Problem& problem, int64_t threads, Packing packing, const std::vector<double>& expected) {
   BottleneckConvParams& p = problem.params;
   const BottleneckKernels& kernels = kernel_table().bottleneck(p.shape.dtype);
-  Bytes packed(kernels.packed_bytes(p.shape));
-  if (packing == Packing::kOnce) {
+  p.packed_whole = packing == Packing::kOnce;
+  Bytes packed(p.packed_whole ? kernels.packed_bytes(p.shape) : kernels.packed_bytes_for(p, threads));
+  if (p.packed_whole) {
     kernels.pack(p.shape, problem.weights(), packed.get());
   } else {
     kernels.pack_for(p, threads, problem.weights(), packed.get());

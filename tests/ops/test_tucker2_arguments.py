@@ -106,7 +106,7 @@ def test_native_forms_say_why_they_cannot_serve(without_native: dict) -> None:
 
 RAW: dict[str, tuple[Callable[[Arguments], object], str]] = {
     "x": (lambda a: OP(a.x[0], *a[1:5]), r"x must be \[N, C_in, H, W\], got \[5, 7, 6\]"),
-    "channels": (lambda a: OP(a.x[:, 1:], *a[1:5]), r"factor_in must be \[C_in, R_in\] with C_in = 4, got \[5, 3\]"),
+    "channels": (lambda a: OP(a.x[:, 1:], *a[1:5]), r"factor_in must be .* with C_in = 4, got \[5, 3\]"),
     "core": (lambda a: OP(a.x, a.core[0], *a[2:5]), r"core must be \[R_out, R_in, kH, kW\], got \[3, 3, 3\]"),
     "empty": (lambda a: OP(a.x, a.core[:0], *a[2:5]), "no empty mode"),
     "out": (lambda a: OP(a.x, a.core, a.factor_out.t(), *a[3:5]), r"with R_out = 4, got \[4, 6\]"),

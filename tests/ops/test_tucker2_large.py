@@ -9,8 +9,8 @@ from tensorcomp_ext import reference
 
 pytestmark = pytest.mark.native
 
-# shape of x, kernel, stride, padding, dilation: bands that lie wholly in the padding, rows and columns that no
-# output reads (stride beyond the kernel), wide dilation, several bands of plain 3x3.
+# shape of x, kernel, stride, padding, dilation: bands that lie wholly in the padding, rows and columns that
+# no output reads (stride beyond the kernel), wide dilation, several bands of plain 3x3.
 CASES = [
     ((1, 64, 16, 512), 5, 1, 2, 1),
     ((1, 64, 16, 512), 3, 1, 2, 2),
