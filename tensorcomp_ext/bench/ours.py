@@ -28,23 +28,25 @@ def our_candidates(problem: Problem) -> list[Candidate]:
 def build_layer(problem: Problem) -> FactorizedConv2d:
     """A ``FactorizedConv2d`` holding the problem's factors, on the fused plan where there is native code."""
     case = problem.case
-    layer = FactorizedConv2d(
-        case.S,
-        case.T,
-        case.kernel,
-        case.stride,
-        case.padding,
-        case.dilation,
-        bias=True,
-        format="tucker2",
-        rank=(case.r_out, case.r_in),
-        dtype=problem.core.dtype,
-    )
-    names = ("weight.core", "weight.factor_out", "weight.factor_in", "bias")
-    parameters = dict(layer.named_parameters())
-    with torch.no_grad():
-        for name, value in zip(names, problem.weights(), strict=True):
-            parameters[name].copy_(value)
+    # Weights born under inference mode have no version and would be packed again at every call.
+    with torch.inference_mode(False):
+        layer = FactorizedConv2d(
+            case.S,
+            case.T,
+            case.kernel,
+            case.stride,
+            case.padding,
+            case.dilation,
+            bias=True,
+            format="tucker2",
+            rank=(case.r_out, case.r_in),
+            dtype=problem.core.dtype,
+        )
+        names = ("weight.core", "weight.factor_out", "weight.factor_in", "bias")
+        parameters = dict(layer.named_parameters())
+        with torch.no_grad():
+            for name, value in zip(names, problem.weights(), strict=True):
+                parameters[name].copy_(value)
     layer.plan = layer_plan()
     layer.train(problem.training)
     layer.requires_grad_(problem.training)
