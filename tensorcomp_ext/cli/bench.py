@@ -101,8 +101,7 @@ def _run(settings: Settings, path: Path | None, screen: Screen) -> dict[str, Any
     with screen.progress("bench") as tick:
 
         def start(index: int, count: int, label: str) -> None:
-            if tick:
-                tick(index, count, label)
+            tick(index, count, label)
 
         def report(index: int, count: int, row: dict[str, Any]) -> None:
             screen.say(f"[{index}/{count}] {row_line(row)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from typer.core import TyperGroup
 
-from tensorcomp_ext import models, ranks
+from tensorcomp_ext import models, ranks, recipes
 from tensorcomp_ext.compress.checkpoint import CheckpointError, Header
 from tensorcomp_ext.compress.storage import load, read_header
 
 Tick = Callable[[int, int, str], None]
+LOG_SECONDS = 20.0  # between two lines about a long step where no bar can be drawn
+KEPT = 0.9  # share of the correct answers below which compression has done harm rather than its work
 
 RANK_HELP = (
     "Ranks: a number (8), a pair R_out,R_in (8,6), a fraction of the layer's parameters (0.5), energy:0.95, "
@@ -91,10 +94,18 @@ class Screen:
             typer.echo(json.dumps(data, indent=2, default=str))
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[Tick | None]:
-        """A progress bar on stderr as a function of (done, total, what); None without a terminal."""
+    def progress(self, label: str) -> Iterator[Tick]:
+        """A function of (done, total, what): a bar on stderr, a line now and then without a terminal."""
         if not self._err.is_terminal:
-            yield None
+            last = time.perf_counter()
+
+            def line(done: int, total: int, what: str = "") -> None:
+                nonlocal last
+                if time.perf_counter() - last >= LOG_SECONDS:
+                    last = time.perf_counter()
+                    typer.echo(f"{label}: {done} of {total}{what and f', {what}'}", err=True)
+
+            yield line
             return
         columns = (
             TextColumn("{task.description}"),
@@ -110,6 +121,30 @@ class Screen:
                 bar.update(task, completed=done, total=total, what=what)
 
             yield tick
+
+    @contextmanager
+    def training(self, label: str) -> Iterator[Callable[[recipes.TrainState], None]]:
+        """A progress function for ``recipes.train``: a bar, or a line per epoch without a terminal."""
+        with self.progress(label) as tick:
+
+            def step(state: recipes.TrainState) -> None:
+                epoch = f"epoch {state.epoch + 1} of {state.epochs}"
+                tick(state.step + 1, state.steps, epoch)
+                ended = (state.step + 1) * state.epochs == (state.epoch + 1) * state.steps
+                if ended and not self._err.is_terminal and state.loss is not None:
+                    typer.echo(f"{label}: {epoch}, loss {float(state.loss):.3f} in the last batch", err=True)
+
+            yield step
+
+
+def warn_of_loss(before: recipes.Accuracy, after: recipes.Accuracy, advice: str) -> None:
+    """Say on stderr that a network answers less than ``KEPT`` of what it did, and what would help."""
+    if after.correct < KEPT * before.correct:
+        typer.echo(
+            f"warning: the compressed network has lost accuracy: {after.correct} of {after.total} test "
+            f"images correct, {before.correct} before. What helps: {advice}",
+            err=True,
+        )
 
 
 def parse_rank(text: str) -> ranks.RankSpec:

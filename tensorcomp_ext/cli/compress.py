@@ -20,12 +20,14 @@ from tensorcomp_ext.cli.common import (
     is_checkpoint,
     parse_batches,
     parse_ranks,
+    warn_of_loss,
 )
 from tensorcomp_ext.cli.html import write_report
-from tensorcomp_ext.compress.latency import Latency, measure_network
+from tensorcomp_ext.compress.latency import Latency, faster, measure_network
 from tensorcomp_ext.compress.measure import refresh
 from tensorcomp_ext.compress.storage import read_header, save
 from tensorcomp_ext.compress.surgery import compress as compress_network
+from tensorcomp_ext.formats import format_names
 from tensorcomp_ext.plan import tune as tune_plans
 
 LAYER_SECONDS = 0.05  # measuring time per layer: 20 to 1,000 calls, enough for a median
@@ -45,7 +47,11 @@ def compress(
     ] = None,
     dataset: Annotated[str, typer.Option(help=f"Data set: {', '.join(data.names())}.")] = "cifar10",
     format: Annotated[
-        str | None, typer.Option(help="Format for all layers that it is for; the others stay dense.")
+        str | None,
+        typer.Option(
+            help="Format for all layers that it is for; the others stay dense: "
+            f"{', '.join(format_names())}. By default each layer gets the one for its kind."
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Replace only layers of such names. Repeat.")
@@ -65,11 +71,13 @@ def compress(
     ] = 3.0,
     channels_last: Annotated[
         bool, typer.Option("--channels-last/--contiguous", help="Memory format of network and images.")
-    ] = False,
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compress a trained network, fine-tune it, tune it for this machine, measure it and save it."""
     check_model(model)
+    if format is not None and format not in format_names():
+        raise typer.BadParameter(f"{format!r} is none of {', '.join(format_names())}", param_hint="--format")
     ranks, batches = parse_ranks(rank or ["vbmf"]), parse_batches(batch)
     if dataset not in data.names():
         raise typer.BadParameter(f"{dataset!r} is none of {', '.join(data.names())}", param_hint="--dataset")
@@ -129,6 +137,9 @@ def compress(
     screen.show(summary_table(summary))
     if output is not None:
         screen.say(f"saved {output} ({output.stat().st_size:,} bytes)")
+    if html is not None:
+        screen.say(f"wrote the report {html}")
+    _warn(summary["accuracy"], finetune_epochs, lr)
     screen.result({**summary, "report": report.to_dict()})
 
 
@@ -194,15 +205,20 @@ def _score(
     screen.say(f"{label + ':':12} {counted.correct} of {counted.total} test images correct")
 
 
+def _warn(accuracy: dict[str, dict[str, int]], epochs: int, lr: float) -> None:
+    """Warn where the last step left the network much worse than it came."""
+    if not accuracy:
+        return
+    before, *_, after = (recipes.Accuracy(**counted) for counted in accuracy.values())
+    more = f"more than {epochs} epochs of fine-tuning or another --lr than {lr:g}"
+    first = more if epochs else "fine-tuning with --finetune-epochs 3"
+    warn_of_loss(before, after, f"{first}, or gentler ranks such as --rank energy:0.95")
+
+
 def _finetune(
     screen: Screen, model: nn.Module, images: data.Dataset, epochs: int, lr: float, seed: int, last: bool
 ) -> None:
-    with screen.progress("fine-tuning") as tick:
-
-        def step(state: recipes.TrainState) -> None:
-            if tick is not None:
-                tick(state.step + 1, state.steps, f"epoch {state.epoch + 1} of {state.epochs}")
-
+    with screen.training("fine-tuning") as step:
         recipes.finetune(model, images, epochs=epochs, lr=lr, seed=seed, channels_last=last, progress=step)
 
 
@@ -248,7 +264,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for batch, taken in (summary.get("latency") or {}).items():
         dense, small = Latency(**taken["dense"]), Latency(**taken["compressed"])
         for label, index in (("p50", 1), ("p90", 2)):
-            ratio = f"{dense[index] / small[index]:.2f}× faster" if small[index] else ""
+            ratio = "noisy" if dense.noisy or small.noisy else faster(dense[index], small[index])
             cells = (f"{dense[index] * 1e3:.2f}", f"{small[index] * 1e3:.2f}")
             table.add_row(f"ms at batch {batch}, {label}", *cells, ratio)
     return table

@@ -12,7 +12,8 @@ import typer
 from torch import nn
 
 from tensorcomp_ext import data, models, recipes
-from tensorcomp_ext.cli.common import Screen, check_model, parse_batches
+from tensorcomp_ext.cli import plots
+from tensorcomp_ext.cli.common import Screen, check_model, parse_batches, warn_of_loss
 from tensorcomp_ext.cli.compress import IMAGE_SIZE, example, state_bytes, summary_table
 from tensorcomp_ext.cli.html import environment, write_html
 from tensorcomp_ext.compress.latency import measure_network
@@ -20,6 +21,7 @@ from tensorcomp_ext.compress.measure import refresh
 from tensorcomp_ext.compress.report import Report
 from tensorcomp_ext.compress.storage import load, save
 from tensorcomp_ext.compress.surgery import compress
+from tensorcomp_ext.data.digits import INSTALL_DEMO
 from tensorcomp_ext.plan import tune as tune_plans
 from tensorcomp_ext.ranks import VBMF, Energy, RankRule
 
@@ -43,7 +45,7 @@ class Lesson:
 
 
 LESSONS = {
-    "digits": Lesson(epochs=12, batch=64, tuning_epochs=3),
+    "digits": Lesson(epochs=8, batch=64, tuning_epochs=2),
     "mnist": Lesson(epochs=2, batch=128),
     "fashion-mnist": Lesson(epochs=2, batch=128),
     "cifar10": Lesson(epochs=5, batch=128, decay=0.02),
@@ -105,6 +107,8 @@ def demo(
         torch.set_num_threads(threads)
     started = time.perf_counter()
     screen = Screen(as_json)
+    if not plots.available():
+        typer.echo(f"no plots in the report without {INSTALL_DEMO.format(module='matplotlib')}", err=True)
     size = IMAGE_SIZE.get(model, 32 if dataset == "digits" or model == "vgg16" else None)
     images = data.load(dataset, data_dir, size=size).first(train=train_images)
     options: dict[str, Any] = {"num_classes": len(images.classes), "in_channels": images.channels}
@@ -164,12 +168,7 @@ def _train(setting: Setting, model: nn.Module, epochs: int) -> list[recipes.Epoc
     if normalised:
         groups = [{"params": convolutions, "weight_decay": setting.lesson.decay}, {"params": others}]
     lesson = setting.lesson
-    with setting.screen.progress("training") as tick:
-
-        def step(state: recipes.TrainState) -> None:
-            if tick is not None:
-                tick(state.step + 1, state.steps, f"epoch {state.epoch + 1} of {state.epochs}")
-
+    with setting.screen.training("training") as step:
         return recipes.train(
             model,
             setting.images,
@@ -198,12 +197,7 @@ def _run(setting: Setting, dense: nn.Module, name: str, trained: recipes.Accurac
             progress=tick,
         )
     decomposed = setting.score(small)
-    with screen.progress(f"{name}: fine-tuning") as tick:
-
-        def step(state: recipes.TrainState) -> None:
-            if tick is not None:
-                tick(state.step + 1, state.steps, f"epoch {state.epoch + 1} of {state.epochs}")
-
+    with screen.training(f"{name}: fine-tuning") as step:
         recipes.finetune(
             small,
             images,
@@ -250,6 +244,7 @@ def _run(setting: Setting, dense: nn.Module, name: str, trained: recipes.Accurac
         f"{name}: {trained} dense, {decomposed} decomposed, {finetuned} fine-tuned; "
         f"saved {path} ({path.stat().st_size:,} bytes), loaded back with the same outputs"
     )
+    warn_of_loss(trained, finetuned, "more epochs of training with --epochs")
     return report
 
 

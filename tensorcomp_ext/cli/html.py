@@ -195,8 +195,8 @@ def _layer(layer: LayerReport) -> dict[str, Any]:
     before, after = layer.latency_before, layer.latency_after
     ratio, mood = "", ""
     if before is not None and after is not None:
-        ratio = f"{before.p50 / after.p50:.2f}×"
-        mood = "good" if before.p50 >= after.p50 else "bad"
+        ratio = "noisy" if layer.noisy else f"{before.p50 / after.p50:.2f}×"
+        mood = "" if layer.noisy else "good" if before.p50 >= after.p50 else "bad"
     return {
         "name": layer.name or "(model)",
         "format": layer.format or "dense",
@@ -229,7 +229,8 @@ def _change(before: int | None, after: int | None) -> tuple[str, str]:
     if before is None or after is None:
         return _DASH, ""
     ratio = f" ({before / after:.2f}×)" if after else ""
-    return f"{_count(before)} → {_count(after)}{ratio}", "good" if after <= before else "bad"
+    large = max(before, after)
+    return f"{_count(before, large)} → {_count(after, large)}{ratio}", "good" if after <= before else "bad"
 
 
 def _accuracy(counts: Mapping[str, int] | None) -> tuple[str, str]:
@@ -243,16 +244,18 @@ def _faster(dense: Latency | None, small: Latency | None, percentile: str) -> tu
     if dense is None or small is None:
         return _DASH, ""
     before, after = getattr(dense, percentile), getattr(small, percentile)
+    if dense.noisy or small.noisy:
+        return f"{before * 1e3:.2f} → {after * 1e3:.2f} ms (noisy)", ""
     return (
         f"{before * 1e3:.2f} → {after * 1e3:.2f} ms ({before / after:.2f}×)",
         "good" if after <= before else "bad",
     )
 
 
-def _count(number: int | None) -> str:
-    """A number of parameters or MACs, in full up to ten million."""
+def _count(number: int | None, large: int | None = None) -> str:
+    """A number of parameters or MACs, in full up to ten million; written as ``large`` is beside it."""
     if number is None:
         return ""
-    if number < 10_000_000:
+    if max(number, large or 0) < 10_000_000:
         return f"{number:,}"
     return re.sub(r"\.0$", "", f"{number / 1e6:,.1f}") + " M"

@@ -31,7 +31,7 @@ def tune(
     batch: Annotated[str, typer.Option(help="Batch sizes to tune for.")] = "1,64",
     channels_last: Annotated[
         bool, typer.Option("--channels-last/--contiguous", help="Memory format of the images.")
-    ] = False,
+    ] = True,
     training: Annotated[bool, typer.Option(help="Tune for training steps instead of inference.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -84,7 +84,8 @@ def _pixels(layer: nn.Module, calls: Sequence[Call]) -> tuple[int, int]:
 def _named(error: Exception, name: str) -> Exception:
     """The same error, saying which layer it is about."""
     kind = TypeError if isinstance(error, TypeError) else ValueError
-    return error if repr(name) in str(error) else kind(f"compress: layer {name!r}: {error}")
+    text = str(error).removeprefix(f"{name}: ")
+    return error if repr(name) in text else kind(f"compress: layer {name!r}: {text}")
 
 
 def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:

@@ -19,6 +19,18 @@ class Latency(NamedTuple):
     p50: float
     p90: float
 
+    @property
+    def noisy(self) -> bool:
+        """Whether other work on the machine disturbed the measurement: p90 above twice the median."""
+        return self.p90 > 2 * self.p50
+
+
+def faster(before: float, after: float) -> str:
+    """The change of a time in words: "2.00× faster", "1.05× slower"; empty for a time of zero."""
+    if not before or not after:
+        return ""
+    return f"{before / after:.2f}× faster" if after <= before else f"{after / before:.2f}× slower"
+
 
 def percentile(values: Sequence[float], fraction: float) -> float:
     """Linearly interpolated percentile of ``values`` (any order); ``fraction`` in [0, 1]."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("layer", "format", "parameters", "MACs", "error", "latency ms", "plan", "remark")
 
+MACS_NOTE = "MACs are those of the plan that runs; a layer on the dense plan saves none."
+
 
 @dataclass
 class LayerReport:
@@ -48,12 +50,19 @@ class LayerReport:
         """Layer ratio: dense weights / factor weights."""
         return self.parameters_before / max(self.parameters_after, 1)
 
+    @property
+    def noisy(self) -> bool:
+        """Whether a latency varied so much that no speed-up can be read from it."""
+        return any(t is not None and t.noisy for t in (self.latency_before, self.latency_after))
+
     def cells(self) -> tuple[str, ...]:
         """The row of the printed table, in the order of ``COLUMNS``."""
         after = self.skipped is None
         latency = _before_after(
             _milliseconds(self.latency_before), _milliseconds(self.latency_after) if after else None
         )
+        if self.noisy:
+            latency += " noisy"
         return (
             self.name or "(model)",
             f"{self.format} {'×'.join(map(str, self.rank or ()))}" if self.format else "dense",
@@ -179,6 +188,8 @@ class Report:
 
         rows = self.rows()
         remarks = "\n".join(f"{row[0]}: {row[-1]}" for row in rows if row[-1])
+        if self.macs_after is not None:
+            remarks += f"\n{MACS_NOTE}"
         table = Table(title=title, box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
         table.caption, table.caption_justify = Text(remarks, justify="left"), "left"
         used = [index for index in self._used_columns() if COLUMNS[index] != "remark"]

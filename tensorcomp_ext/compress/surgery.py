@@ -24,7 +24,7 @@ from tensorcomp_ext.compress.selection import (
 )
 from tensorcomp_ext.compress.swap import adopt, swapped
 from tensorcomp_ext.formats import get_format
-from tensorcomp_ext.ranks import VBMF, RankSpec
+from tensorcomp_ext.ranks import VBMF, RankSpec, parse_rank
 
 Progress = Callable[[int, int, str], None]
 
@@ -39,7 +39,7 @@ class CompressionResult(NamedTuple):
 def compress(
     model: nn.Module,
     format: str | Mapping[Any, str] | None = None,
-    rank: RankSpec | None = None,
+    rank: RankSpec | str | None = None,
     example_inputs: Any = None,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
@@ -57,8 +57,9 @@ def compress(
         format: a format name, or a mapping from layer type or name pattern to a name, first fit; where it
             says nothing convolutions become "tucker2" and linear layers "svd".
         rank: an int, a tuple (``(R_out, R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense
-            weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, or a mapping from name pattern
-            to one of these, first fit, "*" last (layers that none fits stay dense). Default: ``VBMF()``.
+            weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, text as ``ranks.parse_rank``
+            takes it ("vbmf", "energy:0.95", "16,24"), or a mapping from name pattern to one of these,
+            first fit, "*" last (layers that none fits stay dense). Default: ``VBMF()``.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it the compressed
             network is run and compared, and the report has shapes and MACs. Only layers called on it are
             replaced.
@@ -93,7 +94,7 @@ def compress(
         raise ValueError(
             "compress: the model is itself one layer, which cannot be replaced in place; take result.model"
         )
-    rank = VBMF() if rank is None else rank
+    rank = VBMF() if rank is None else _parsed(rank)
     found = dict(considered(model))
     wanted = None if layers is None else as_patterns(layers, "layers")
     unwanted = as_patterns(exclude, "exclude")
@@ -103,16 +104,20 @@ def compress(
     uses = Uses(model)
     entries: dict[str, LayerReport] = {}
     choices: list[Choice] = []
+    heard: dict[str, list[warnings.WarningMessage]] = {}
     for name, layer in found.items():
         if (wanted is not None and not matches(name, wanted)) or matches(name, unwanted):
             reason: str | None = "excluded" if matches(name, unwanted) else "not among the layers asked for"
         else:
             reason = refusal(name, layer, uses) or not_called(name, calls)
-        chosen = reason or choose(name, layer, format, rank, calls[name] if calls is not None else ())
+        with warnings.catch_warnings(record=True) as heard[name]:
+            warnings.simplefilter("always")
+            chosen = reason or choose(name, layer, format, rank, calls[name] if calls is not None else ())
         if isinstance(chosen, Choice):
             choices.append(chosen)
         else:
             entries[name] = skipped_entry(name, layer, chosen)
+    _pass_on(heard)
 
     replacements: dict[str, nn.Module] = {}
     for index, choice in enumerate(choices):
@@ -158,6 +163,28 @@ def _check_patterns(
     for name in format.values() if isinstance(format, Mapping) else [format]:
         if name is not None:
             get_format(name)
+
+
+def _parsed(rank: Any) -> Any:
+    """The rank with what is written as text in it parsed."""
+    if isinstance(rank, Mapping):
+        return {key: parse_rank(value) if isinstance(value, str) else value for key, value in rank.items()}
+    return parse_rank(rank) if isinstance(rank, str) else rank
+
+
+def _pass_on(heard: Mapping[str, Sequence[warnings.WarningMessage]]) -> None:
+    """Warn the caller of what choosing ranks warned of, of all clipped ranks at once."""
+    clipped: dict[str, str] = {}
+    for name, messages in heard.items():
+        for message in messages:
+            if "; clipped to " in str(message.message):
+                clipped.setdefault(name, str(message.message))
+            else:
+                warnings.warn(message.message, stacklevel=3)
+    if clipped:
+        count = "1 layer" if len(clipped) == 1 else f"{len(clipped)} layers, e.g."
+        example = next(iter(clipped.values()))
+        warnings.warn(f"compress: ranks clipped in {count} {example}", stacklevel=3)
 
 
 def _nothing(report: Report, wanted: Sequence[str] | None) -> None:

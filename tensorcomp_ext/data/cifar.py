@@ -32,6 +32,7 @@ def read_cifar10(root: Path) -> Dataset:
             if (pickled / "test_batch").is_file() or (pickled / "data_batch_1").is_file():
                 raise FileNotFoundError(f"cifar10: {pickled} holds the pickled version; needed is {_BINARY}")
         raise FileNotFoundError(f"cifar10: no test_batch.bin in {root}; needed is {_BINARY}")
+    test = _read_rows(folder / "test_batch.bin")
     batches = {
         int(match[1]): path
         for path in folder.iterdir()
@@ -40,7 +41,6 @@ def read_cifar10(root: Path) -> Dataset:
     if not batches:
         raise FileNotFoundError(f"cifar10: no data_batch_*.bin in {folder}; needed is {_BINARY}")
     train = np.concatenate([_read_rows(batches[number]) for number in sorted(batches)])
-    test = _read_rows(folder / "test_batch.bin")
     return Dataset(
         name="cifar10",
         train_images=_images(train),

@@ -7,6 +7,11 @@ import torch.nn.functional as F
 
 from .dataset import Dataset
 
+INSTALL_DEMO = (
+    "{module}: pip install 'tensorcomp_ext[demo]' "
+    "(in a source tree: pip install --no-build-isolation '.[demo]')"
+)
+
 
 def read_digits(size: int = 32) -> Dataset:
     """1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak 1998), upscaled by bilinear interpolation.
@@ -23,7 +28,12 @@ def read_digits(size: int = 32) -> Dataset:
     if size < 8:
         raise ValueError(f"digits: size must be at least 8, got {size}")
     # Imported here: everything else in the package works without scikit-learn.
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the data set digits needs {INSTALL_DEMO.format(module='scikit-learn')}"
+        ) from error
 
     raw = load_digits()
     images = torch.from_numpy(raw.images).float()[:, None] * (255 / 16)  # [1797, 1, 8, 8], 0..16 in the file

@@ -10,9 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from tensorcomp_ext import models
+from tensorcomp_ext.cli.compress import summary_table
 from tensorcomp_ext.cli.main import app
 from tensorcomp_ext.compress import CheckpointError, compress, load, read_header, save
+from tensorcomp_ext.compress.latency import Latency
 from tensorcomp_ext.data import Dataset
+from tensorcomp_ext.recipes import Accuracy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*clipped to")
 
@@ -89,7 +92,8 @@ def test_compress_as_json_with_accuracy(monkeypatch, weights, tmp_path):
     files = ["--html", tmp_path / "r.html"]
     outcome = run("compress", *network, *ranks, *files, "--finetune-epochs", 1, "--json", *FAST)
     found = json.loads(outcome.stdout)  # nothing else on stdout
-    assert "test images correct" in outcome.stderr
+    assert "test images correct" in outcome.stderr and "r.html" in outcome.stderr
+    assert "fine-tuning: epoch 1 of 1, loss" in outcome.stderr
     assert set(found["accuracy"]) == {"before", "decomposed", "finetuned"}
     assert all(counted["total"] == 40 for counted in found["accuracy"].values())
     assert set(found["latency"]) == {"1"} and set(found["latency"]["1"]) == {"dense", "compressed"}
@@ -97,6 +101,36 @@ def test_compress_as_json_with_accuracy(monkeypatch, weights, tmp_path):
     assert report["parameters_after"] < report["parameters_before"]
     assert all(layer["latency_after"] for layer in report["layers"] if layer["skipped"] is None)
     assert "<html" in (tmp_path / "r.html").read_text().lower()
+
+
+@pytest.mark.parametrize(("after", "warns"), [(35, True), (36, False)])
+def test_compress_warns_where_accuracy_is_lost(monkeypatch, weights, after, warns):
+    images, scores = digits(), iter([40, after])
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: images)
+    monkeypatch.setattr("tensorcomp_ext.recipes.evaluate", lambda *a, **o: Accuracy(next(scores), 40))
+    words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--rank", "4", "--no-tune"]
+    outcome = run("compress", *words, *FAST)
+    warning = [line for line in outcome.stderr.splitlines() if "lost accuracy" in line]
+    assert len(warning) == warns
+    if warns:
+        for expected in ("35 of 40", "40 before", "--finetune-epochs", "energy:0.95"):
+            assert expected in warning[0]
+    assert "MACs are those of the plan that runs" in outcome.stdout
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    outcome = run("compress", "--model", "lenet5", "--dataset", "digits", code=1)
+    assert "pip install 'tensorcomp_ext[demo]'" in outcome.stderr
+    assert "pip install --no-build-isolation '.[demo]'" in outcome.stderr
+
+
+def test_noisy_latencies_state_no_speed_up():
+    calm, slow, noisy = ([p50, p50, p90] for p50, p90 in ((0.002, 0.003), (0.0021, 0.003), (0.001, 0.003)))
+    for after, expected in ((slow, "1.05× slower"), (noisy, "noisy")):
+        taken = {"dense": Latency(*calm)._asdict(), "compressed": Latency(*after)._asdict()}
+        table = summary_table({"latency": {"1": taken}})
+        assert next(iter(table.columns[3].cells)) == expected
 
 
 def test_compress_takes_its_own_checkpoints(checkpoint):
@@ -155,6 +189,7 @@ def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
         ["compress", "--model", "lenet5", "--batch", "1,many"],
         ["compress", "--model", "lenet5", "--batch", "0"],
         ["compress", "--model", "lenet5", "--output", "/nowhere/at/all/x"],
+        ["compress", "--model", "lenet5", "--rank", "4", "--format", "tucker3"],
         ["report", "/nowhere.safetensors"],
         ["no-such-command"],
     ],
@@ -179,7 +214,6 @@ def test_failed_work_is_one_line_and_status_1(tmp_path, weights, checkpoint):
         ["compress", "--model", "lenet5", "--weights", weights, "--data", tmp_path],
         ["compress", "--model", "lenet5", "--rank", "nothing=4"],
         ["compress", "--model", "lenet5", "--rank", "4", "--exclude", "convv1"],
-        ["compress", "--model", "lenet5", "--rank", "4", "--format", "tucker3"],
     ):
         outcome = run(*words, code=1)
         lines = [line for line in outcome.stderr.splitlines() if not line.startswith("warning: ")]

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from tensorcomp_ext.compress import compress
 from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv3d
+from tensorcomp_ext.ranks import Ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*clipped to", "ignore:.*deprecated")
 
@@ -83,3 +84,25 @@ def test_wrong_types():
         compress(small_net(), format=3, rank=2)
     with pytest.raises(TypeError, match="layers"):
         compress(small_net(), rank=2, layers=[nn.Conv2d])
+
+
+def test_ranks_as_text():
+    network = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    text = compress(network, rank={"0": "4,3", "1": "ratio:0.5"}).report
+    rules = compress(network, rank={"0": (4, 3), "1": Ratio(0.5)}).report
+    assert [layer.rank for layer in text] == [layer.rank for layer in rules]
+    with pytest.raises(ValueError, match=r"known rules: .*vbmf"):
+        compress(network, rank="some")
+
+
+def test_clipped_ranks_are_one_warning_at_the_caller():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.warns(UserWarning) as heard:
+        compress(network, rank=1000)
+    assert len(heard) == 1 and heard[0].filename == __file__
+    assert "clipped in 2 layers, e.g. 0: " in str(heard[0].message)
+
+
+def test_errors_name_a_layer_once():
+    with pytest.raises(ValueError, match=r"^compress: layer '0': tucker2: .* at least 1"):
+        compress(nn.Sequential(nn.Conv2d(8, 8, 3)), rank=0)
