@@ -258,4 +258,5 @@ def _count(number: int | None, large: int | None = None) -> str:
         return ""
     if max(number, large or 0) < 10_000_000:
         return f"{number:,}"
-    return re.sub(r"\.0$", "", f"{number / 1e6:,.1f}") + " M"
+    text = f"{number / 1e6:,.1f}"
+    return (text if large is not None else re.sub(r"\.0$", "", text)) + " M"

@@ -144,6 +144,18 @@ def test_report_without_measurements_or_replaced_layers(tmp_path):
     assert "accuracy" not in "".join(document.cells) and "grouped" in document.cells
 
 
+def test_counts_side_by_side_are_written_alike_and_noise_has_no_ratio(tmp_path):
+    entry = report(latency={"1": {"dense": dict.fromkeys(("p10", "p50", "p90"), 0.002)}})
+    entry.details["latency"]["1"]["compressed"] = {"p10": 0.001, "p50": 0.001, "p90": 0.0021}
+    entry.layers = [LayerReport("conv", "Conv2d", 9, 4, macs_before=40_300_000, macs_after=8_984_512)]
+    entry.layers[0].latency_before = entry.layers[0].latency_after = Latency(0.001, 0.001, 0.0021)
+    html.write_report(tmp_path / "r.html", entry)
+    cells = [" ".join(cell.split()) for cell in Document((tmp_path / "r.html").read_text()).cells]
+    assert "40.3 M → 9.0 M (4.49×)" in cells
+    assert "2.00 → 1.00 ms (noisy)" in cells and "noisy" in cells
+    assert entry.layers[0].cells()[5] == "1.000 noisy"
+
+
 def test_names_cannot_inject(tmp_path):
     evil = "<script>alert(1)</script>&\"'"
     entry = report()

@@ -171,6 +171,13 @@ def test_cifar_label_out_of_range(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+def test_damaged_cifar_test_images_are_told_before_missing_training_images(tmp_path):
+    write_cifar(tmp_path, batches=())
+    (tmp_path / "test_batch.bin").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"test_batch\.bin is truncated"):
+        data.load("cifar10", tmp_path)
+
+
 @pytest.mark.parametrize("folder", [".", "cifar-10-batches-py"])
 def test_pickled_cifar_is_refused_unread(tmp_path, folder):
     (tmp_path / folder).mkdir(exist_ok=True)
