@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ..formats import BottleneckConv, get_format
 from ..plan import ConvGeometry
+from ..plan.case import autocast_dtype
 from .base import FactorizedLayer, dtype_from_name, dtype_name, register_layer, resolve
 
 Sizes = int | Sequence[int]
@@ -224,7 +225,7 @@ class _FactorizedConv(FactorizedLayer):
 def _check_match(name: str, x: Tensor, factor: Tensor) -> None:
     if x.device != factor.device:
         raise ValueError(f"{name}: x must be on the weight's device {factor.device}, got {x.device}")
-    if x.dtype != factor.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != factor.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"{name}: x must have the weight's dtype {factor.dtype}, got {x.dtype}")
 
 

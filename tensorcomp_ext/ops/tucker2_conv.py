@@ -23,6 +23,7 @@ from ._conv_arguments import (
     resolve_geometry,
 )
 from ._register import define, fallthrough_autograd, register_autocast, register_default
+from ._transforms import transformed
 
 _NAME = "tucker2_conv2d"
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -65,7 +66,8 @@ def tucker2_conv2d(
 
     ``W[t,s,y,x] = sum_ab factor_out[t,b] core[b,a,y,x] factor_in[s,a]``; the result equals
     ``torch.nn.functional.conv2d(x, W, bias, stride, padding, dilation)``. The rank-space activations are
-    never stored whole: forward keeps a few rows of them in cache, backward computes them again.
+    never stored whole: forward keeps a few rows of them in cache, backward computes them again. Inside
+    ``torch.func`` transforms and forward-mode differentiation the reference computes, from torch operations.
 
     Args:
         x: input ``[N, C_in, H, W]``, contiguous, channels-last or any strides; native code takes float32 and
@@ -97,8 +99,13 @@ def tucker2_conv2d(
         raise ValueError(f"{_NAME}: backend must be None, 'native' or 'reference', got {backend!r}")
     if backend != "reference":
         support = native_support(x, core, factor_out, factor_in, bias)
+        compiling = torch.compiler.is_compiling()
+        if support.ok and not compiling and transformed():
+            if backend is None:
+                return reference.tucker2_conv2d(x, core, factor_out, factor_in, bias, *geometry)
+            support = Support(False, "function transforms and forward-mode AD go to the reference")
         if support.ok:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and not compiling:
                 return _Tucker2Conv2d.apply(x, core, factor_out, factor_in, bias, geometry)
             return torch.ops.tensorcomp.tucker2_conv2d(x, core, factor_out, factor_in, bias, *geometry)
         if backend == "native":

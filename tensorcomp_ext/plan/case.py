@@ -17,6 +17,13 @@ def memory_layout(x: Tensor) -> str:
     return "channels_last" if last is not None and x.is_contiguous(memory_format=last) else "strided"
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype autocast computes in on a type of device; None where it is off or there is none (meta)."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class Case(NamedTuple):
     """Everything the choice of a plan may depend on beside the layer itself."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Plan, Stage, register_plan
-from .case import Case
+from .case import Case, autocast_dtype
 from .geometry import Bound
 from .layer import PlannedLayer
 
@@ -34,6 +34,8 @@ class Dense(Plan):
         return stages
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
+        if autocast_dtype(x.device.type) is None:
+            return layer.geometry.apply(x, layer.weight.to_dense(), layer.bias)
         # Outside autocast: a weight rebuilt in bfloat16 would carry the rounding of two products.
         with torch.autocast(x.device.type, enabled=False):
             weight = layer.weight.to_dense()

@@ -11,7 +11,7 @@ from ..formats import BottleneckConv
 from ..ops import Support, tucker2_conv2d
 from ..ops.tucker2_conv import native_support, pack_tucker2, packed_geometry, resolve_geometry
 from .base import Plan, Stage, register_plan
-from .case import Case
+from .case import Case, autocast_dtype
 from .geometry import Bound, ConvGeometry
 from .layer import PlannedLayer
 
@@ -53,9 +53,9 @@ class Fused(Plan):
         form, (stride, padding, dilation) = self._parts(layer)
         tensors = (x, form.core, form.point_out, form.point_in)
         bias: Tensor | None = layer.bias
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None and x.dtype != torch.float64:
             # An input that an earlier layer left in the autocast dtype meets factors of another.
-            dtype = torch.get_autocast_dtype(x.device.type)
             tensors = (x.to(dtype), form.core.to(dtype), form.point_out.to(dtype), form.point_in.to(dtype))
             bias = None if bias is None else bias.to(dtype)
         return tucker2_conv2d(*tensors, bias, stride, padding, dilation)

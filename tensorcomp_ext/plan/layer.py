@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Format
+from ..ops._transforms import transformed
 from .base import Candidate, Plan, get_plan, plans_for
-from .case import Case, memory_layout
+from .case import Case, autocast_dtype, memory_layout
 from .geometry import Bound, Geometry
 from .state import Prepared
 
@@ -26,8 +27,9 @@ class PlannedLayer(nn.Module, ABC):
     """A layer whose weight is a format and whose execution is a plan.
 
     Calls without gradients go through bound functions kept per kind of input, with weights prepared once; a
-    change of the factors is noticed by their version counters. Calls with gradients, under torch.compile, or
-    with tensor subclasses run the plan's functional form and cache nothing.
+    change of the factors is noticed by their version counters. Calls with gradients, under torch.compile, in
+    torch.func transforms and forward-mode AD, or with tensor subclasses run the plan's functional form and
+    cache nothing.
     """
 
     weight: Format
@@ -90,9 +92,10 @@ class PlannedLayer(nn.Module, ABC):
 
     # --- the call ------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # named as in torch.nn, for calls by keyword
         # Every microsecond here is paid by every call: one key, one look-up, one check of the factors.
-        if not _is_compiling() and not _is_grad_enabled():
+        if not _is_compiling() and not _is_grad_enabled() and not transformed():
             prepared = self._prepared
             if prepared is not None:
                 bound = prepared.bound.get(
@@ -112,7 +115,7 @@ class PlannedLayer(nn.Module, ABC):
         return self._dispatch(x)
 
     def _dispatch(self, x: Tensor) -> Tensor:
-        if _is_compiling() or type(x) not in _PLAIN or x.device.type == "meta":
+        if _is_compiling() or type(x) not in _PLAIN or x.device.type == "meta" or transformed():
             return self._traced(x)
         batched = self.as_batch(x)
         if batched is not x:
@@ -133,7 +136,7 @@ class PlannedLayer(nn.Module, ABC):
         return bound(x, self._parameters["bias"])
 
     def _traced(self, x: Tensor) -> Tensor:
-        """The functional form, for torch.compile, torch.export and tensor subclasses."""
+        """The functional form, for torch.compile, torch.export, function transforms and tensor subclasses."""
         batched = self.as_batch(x)
         plan = get_plan(self._traced_plans[int(_is_grad_enabled())])
         y = plan.run(self, batched)
@@ -155,15 +158,16 @@ class PlannedLayer(nn.Module, ABC):
         case = self.case(x, training=False)
         bound = plan.bind(self, case)
         dtype = case.torch_dtype
-        if dtype == x.dtype:
+        if not _is_autocast_enabled(x.device.type):
             return bound
+        # Under autocast x may have the computing dtype already, from a layer before, and the bias another.
         return lambda x, bias: bound(x.to(dtype), None if bias is None else bias.to(dtype))
 
     def case(self, x: Tensor, training: bool | None = None) -> Case:
         """The kind of call that ``x`` makes."""
         dtype = x.dtype
-        if _is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype != torch.float64:
+            dtype = autocast_dtype(x.device.type) or dtype
         return Case(
             tuple(x.shape),
             str(dtype).removeprefix("torch."),

@@ -258,10 +258,19 @@ def test_counts(pair: Pair) -> None:
 def test_meta_device(pair: Pair) -> None:
     config = factorized(dense_layer(pair), pair).config()
     layer = tcnn.from_config(config, device="meta")
-    y = layer(sample(pair).to("meta"))
-    assert y.device.type == "meta" and tuple(y.shape) == layer.geometry.output_shape(
-        LAYERS[pair.layer][3], layer.weight.shape
-    )
+    x = sample(pair).to("meta")
+    expected = layer.geometry.output_shape(LAYERS[pair.layer][3], layer.weight.shape)
+    for plan in (None, *(p.name for p in plans_for(layer))):
+        layer.plan = plan
+        y = layer(x)
+        assert y.device.type == "meta" and tuple(y.shape) == expected
+
+
+@every_pair
+def test_called_by_keyword(pair: Pair) -> None:
+    layer, x = factorized(dense_layer(pair), pair), sample(pair)
+    with torch.no_grad():
+        assert torch.equal(layer(input=x), layer(x))
 
 
 @every_pair

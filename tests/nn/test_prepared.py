@@ -7,9 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize
 
 from tensorcomp_ext.nn import FactorizedConv2d
+from tensorcomp_ext.ops import tucker2_conv2d
 from tensorcomp_ext.plan import plans_for
 
 
@@ -245,3 +248,67 @@ def test_data_parallel_replica_has_its_own_state() -> None:
         layer(x)
     assert layer._replicate_for_data_parallel()._prepared is None
     assert layer._prepared is not None
+
+
+@every_plan
+def test_chain_under_autocast(plan: str) -> None:
+    """The second layer's input is in the autocast dtype already, its bias is not."""
+    layers, x = [make(), FactorizedConv2d(8, 5, 3, padding=1, rank=(3, 4))], torch.randn(2, 6, 7, 5)
+    chain = nn.Sequential(*layers)
+    exact = nn.functional.conv2d(
+        expected(layers[0], x), layers[1].weight.to_dense().detach(), layers[1].bias.detach(), padding=1
+    )
+    for layer in layers:
+        layer.plan = plan
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = chain(x)
+        state = layers[1]._prepared
+        layers[1].bias = nn.Parameter(layers[1].bias + 1)
+        z = chain(x)
+    assert y.dtype == torch.bfloat16 and layers[1]._prepared is state
+    assert (y.float() - exact).norm() <= 2e-2 * exact.norm()
+    assert (z.float() - exact - 1).norm() <= 2e-2 * (exact + 1).norm()
+
+
+@every_plan
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_function_transforms(plan: str, mode: Callable[[], object]) -> None:
+    layer, x = make(), torch.randn(3, 2, 6, 7, 5)
+    layer.plan = plan
+    parameters = dict(layer.named_parameters())
+    each = torch.stack([expected(layer, sample) for sample in x])
+    wanted = torch.autograd.grad(layer(x[0]).square().sum(), layer.weight.core)[0]
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        y: Tensor = functional_call(layer, parameters, (x,))
+        return y.square().sum()
+
+    with mode():  # type: ignore[attr-defined]
+        layer(x[0])  # a bound call of these sizes exists
+        torch.testing.assert_close(vmap(layer)(x), each)
+        gradients = vmap(grad(loss), (None, 0))(parameters, x)["weight.core"]
+        torch.testing.assert_close(gradients[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@every_plan
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode(plan: str, mode: Callable[[], object], frozen: bool) -> None:
+    layer, (x, direction) = make().requires_grad_(not frozen), torch.randn(2, 2, 6, 7, 5)
+    layer.plan = plan
+    wanted = expected(layer, direction) - layer.bias.detach()[:, None, None]
+    with mode():  # type: ignore[attr-defined]
+        layer(x)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+        torch.testing.assert_close(tangent, wanted)
+        torch.testing.assert_close(jvp(layer, (x,), (direction,))[1], wanted)
+
+
+@pytest.mark.native
+def test_forced_native_code_refuses_transforms() -> None:
+    layer, x = make(), torch.randn(2, 2, 6, 7, 5)
+    factors = tuple(f.detach() for f in layer.weight.factors)
+    with pytest.raises(ValueError, match="cannot serve: function transforms"):
+        vmap(lambda x: tucker2_conv2d(x, *factors, backend="native"))(x)
+    assert vmap(lambda x: tucker2_conv2d(x, *factors))(x).shape == (2, 2, 8, 5, 3)
