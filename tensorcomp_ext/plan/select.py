@@ -97,7 +97,8 @@ def _reason(
         return "set by the user" if name == chosen else f"the user set plan = {chosen!r}"
     if name in medians and chosen in medians:
         if name == chosen:
-            return "measured fastest"
+            fastest = medians[chosen] <= min(medians.values())
+            return "measured fastest" if fastest else "measured about as fast as the fastest"
         return f"measured {medians[name] / medians[chosen]:.2f}x the time of {chosen}"
     if chosen in medians:
         return f"not measured; {chosen} was measured fastest"
