@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tensorcomp_ext.compress.checkpoint import CheckpointError, Header
 from tensorcomp_ext.compress.selection import PLAIN
 from tensorcomp_ext.compress.swap import adopt, swapped
 from tensorcomp_ext.nn import FactorizedLayer, from_config
-from tensorcomp_ext.plan import import_choices
+from tensorcomp_ext.plan import PlannedLayer, import_choices
 
 GEOMETRY = (
     "in_channels",
@@ -31,6 +33,7 @@ def load_into(model: nn.Module, header: Header, tensors: Mapping[str, torch.Tens
 
     CheckpointError, with the model as it was, where the file is for another model.
     """
+    _require_memory(model, path)
     modules = dict(model.named_modules(remove_duplicate=False))
     replacements: dict[str, nn.Module] = {}
     made: dict[int, nn.Module] = {}
@@ -50,17 +53,51 @@ def load_into(model: nn.Module, header: Header, tensors: Mapping[str, torch.Tens
             )
         if id(old) not in made:  # a layer with two names stays one layer
             device = next(old.parameters()).device
-            made[id(old)] = adopt(new.to_empty(device=device), old)
+            filled = new.to_empty(device=device)
+            filled.load_state_dict({key: tensors[f"{name}.{key}"] for key in filled.state_dict()})
+            made[id(old)] = adopt(filled, old)
         replacements[name] = made[id(old)]
 
-    with swapped(model, replacements):
+    with _kept(model), swapped(model, replacements):
         _compare(model.state_dict(), tensors, path)
         try:
             import_choices(model, header.plans)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"load: {path}: its plans are not valid: {error}") from error
-    _take_dtypes(model, tensors)
-    model.load_state_dict(dict(tensors), strict=True)
+        _take_dtypes(model, tensors)
+        model.load_state_dict(dict(tensors), strict=True)
+
+
+def _require_memory(model: nn.Module, path: str) -> None:
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and not is_lazy(value) and value.is_meta:
+            raise CheckpointError(
+                f"load: {path}: {name!r} of the model is on the meta device, without memory to load into; "
+                "give it some with model.to_empty(device=...)"
+            )
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Put tensors, dtypes and plan choices back as they were if the block raises.
+
+    What a load has begun to write may be cut off by the user's own hooks, so a copy of every tensor is held.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
+    kept = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
+    layers = [module for module in model.modules() if isinstance(module, PlannedLayer)]
+    choices = [(layer, layer.tuned, layer.prefer, layer.plan) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, data, values in kept:
+                if tensor.dtype != data.dtype:
+                    tensor.data = data
+                tensor.copy_(values)
+        for layer, tuned, prefer, plan in choices:
+            layer.tuned, layer.prefer, layer.plan = tuned, prefer, plan  # type: ignore[assignment]
+        raise
 
 
 def _build(

@@ -238,3 +238,46 @@ def check_whole(path: Path) -> int:
     count = read_header(path).meta["count"]
     assert all(torch.equal(p, torch.full_like(p, count)) for p in fresh.parameters())
     return count
+
+
+def choices(model):
+    layers = (
+        module for module in model.modules() if isinstance(module, (FactorizedConv2d, FactorizedLinear))
+    )
+    return [(layer.plan, layer.prefer, dict(layer.tuned)) for layer in layers]
+
+
+@pytest.mark.parametrize("target", ["dense", "other ranks", "same ranks"])
+def test_a_hook_that_raises_leaves_the_model_as_it_was(tmp_path, target):
+    source = compress(small_net(), rank=4).model
+    source.stem.plan = "dense"
+    source.to(torch.float32 if target == "same ranks" else torch.bfloat16)
+    save(source, tmp_path / "net")
+    model = small_net(seed=3)
+    if target != "dense":
+        model = compress(model, rank=4 if target == "same ranks" else 3).model
+        model.stem.plan, model.head.prefer = "staged", "memory"
+    modules, before, chosen = dict(model.named_modules()), state(model), choices(model)
+    with torch.no_grad():
+        expected = model(X)
+
+    def refuse(*_):
+        raise RuntimeError("not today")
+
+    handle = model.body.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="not today"):
+        load(tmp_path / "net", model)
+    assert dict(model.named_modules()) == modules and same_state(before, model.state_dict())
+    assert choices(model) == chosen
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+    handle.remove()
+    assert same_state(state(source), load(tmp_path / "net", model).state_dict())
+
+
+def test_a_model_without_memory_is_refused(saved):
+    with torch.device("meta"):
+        empty = SmallNet()
+    with pytest.raises(CheckpointError, match=r"'stem\.weight' of the model is on the meta device"):
+        load(saved[1], empty)
+    assert type(empty.stem) is nn.Conv2d
