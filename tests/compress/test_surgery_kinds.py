@@ -106,3 +106,10 @@ def test_clipped_ranks_are_one_warning_at_the_caller():
 def test_errors_name_a_layer_once():
     with pytest.raises(ValueError, match=r"^compress: layer '0': tucker2: .* at least 1"):
         compress(nn.Sequential(nn.Conv2d(8, 8, 3)), rank=0)
+
+
+@pytest.mark.parametrize("rank", [0, (1, 2, 3)])
+def test_errors_name_the_layer_once(rank):
+    with pytest.raises(ValueError) as caught:
+        compress(nn.Sequential(nn.Conv2d(3, 4, 3)), rank=rank)
+    assert "0: " not in str(caught.value).replace("layer '0': ", "", 1)
