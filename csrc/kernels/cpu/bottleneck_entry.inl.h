@@ -44,27 +44,42 @@ struct BottleneckForwardEntry {
   }
 };
 
-// All entry points of one element type. Phases of backward: pack, the rows, the sums.
+// All entry points of one element type. Phases of backward: in bands, (widen,) pack, the rows, the sums; with whole
+// images the steps of each group (, and narrow results).
 template <class T, class TBackward = T>
 struct Bottleneck : BottleneckForwardEntry<T> {
   using Forward = BottleneckForwardEntry<T>;
+  using Whole = BackwardWhole<TBackward>;
+
+  // The steps of whole images begin with widening only where something is to be widened.
+  static int64_t first_step(const BackwardGeometry& g) { return g.gathers() ? Whole::kWiden : Whole::kEnter; }
 
   static BottleneckPlan backward_plan(const BottleneckBackwardParams& q, int64_t threads) {
     const BackwardGeometry g = backward_geometry<TBackward>(q, threads);
     BottleneckPlan plan;
-    plan.phases = 3;
+    plan.phases = g.whole ? g.groups * (Whole::kLeave + 1 - first_step(g)) + g.narrow : 3 + g.narrow;
     plan.parts = threads;
-    plan.scratch_bytes = static_cast<size_t>(g.packed_words + g.part_words * threads) * 4;
+    plan.scratch_bytes = static_cast<size_t>(g.shared_words + g.part_words * threads) * 4;
     return plan;
   }
 
   static void backward_run(const BottleneckBackwardParams& q, int64_t threads, int64_t phase, int64_t part) {
     const BackwardGeometry g = backward_geometry<TBackward>(q, threads);
-    BottleneckBackward<TBackward> backward(q, g, part);
+    if (g.whole) {
+      Whole whole(q, g, part);
+      const int64_t first = first_step(g), steps = Whole::kLeave + 1 - first;
+      if (phase == g.groups * steps) whole.finish();
+      else whole.run(phase / steps, static_cast<typename Whole::Step>(first + phase % steps));
+      return;
+    }
+    BackwardBands<TBackward> bands(q, g, part);
     const int64_t rows = q.forward.batch * q.forward.out_height;
-    if (phase == 0) backward.pack(part);
-    else if (phase == 1) backward.run_rows(rows * part / threads, rows * (part + 1) / threads);
-    else backward.reduce(part);
+    switch (g.narrow ? phase : phase + 1) {
+      case 0: bands.widen_weights(); break;
+      case 1: bands.pack(); break;
+      case 2: bands.run_rows(rows * part / threads, rows * (part + 1) / threads); break;
+      default: bands.reduce();
+    }
   }
 
   static constexpr BottleneckKernels table() {

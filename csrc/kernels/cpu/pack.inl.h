@@ -54,27 +54,27 @@ inline uint32_t make_word(const typename T::Element* from, int64_t at, int64_t s
   return w;
 }
 
-// One panel of floats. Whichever of columns, taps and steps is contiguous in the weight, both sides move in whole
-// vectors: by copying, or by transposing blocks.
+// Steps [begin, end) of every group in one panel of floats. Whichever of columns, taps and steps is contiguous in the
+// weight, both sides move in whole vectors: by copying, or by transposing blocks.
 inline void pack_panel(const float* from, int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride,
-                       int64_t columns, int64_t column_stride, float* to, int64_t width) {
+                       int64_t columns, int64_t column_stride, float* to, int64_t width, int64_t begin, int64_t end) {
   if (outer > 1 && (outer_stride == 1 || outer_stride == -1)) {
     const bool reverse = outer_stride < 0;
     const float* source = reverse ? from - (outer - 1) : from;
     float* target = reverse ? to + (outer - 1) * inner * width : to;
     const int64_t step = reverse ? -inner * width : inner * width;
-    for (int64_t i = 0; i < inner; ++i)
+    for (int64_t i = begin; i < end; ++i)
       transpose_words(source + i * inner_stride, column_stride, columns, outer, target + i * width, step);
     return;
   }
   for (int64_t o = 0; o < outer; ++o, from += outer_stride, to += inner * width) {
     if (column_stride == 1) {
-      for (int64_t i = 0; i < inner; ++i)
+      for (int64_t i = begin; i < end; ++i)
         __builtin_memcpy(to + i * width, from + i * inner_stride, static_cast<size_t>(columns) * 4);
     } else if (inner_stride == 1) {
-      transpose_words(from, column_stride, columns, inner, to, width);
+      transpose_words(from + begin, column_stride, columns, end - begin, to + begin * width, width);
     } else {
-      for (int64_t i = 0; i < inner; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         for (int64_t n = 0; n < columns; ++n) to[i * width + n] = from[i * inner_stride + n * column_stride];
       }
     }
@@ -83,10 +83,13 @@ inline void pack_panel(const float* from, int64_t outer, int64_t outer_stride, i
 
 // B panels: to = panels of [steps][panel width] words, zero beyond the last column. The steps run over `outer`
 // groups of `inner` elements; element (group o, i, column n) is from[offset(o) + i * inner_stride + n * column_stride].
+// Of `parts` callers each writes its share of every group.
 template <class T>
 inline void pack_columns(const typename T::Element* from, int64_t outer, int64_t outer_stride, int64_t inner,
-                         int64_t inner_stride, int64_t columns, int64_t column_stride, float* to) {
+                         int64_t inner_stride, int64_t columns, int64_t column_stride, float* to, int64_t part = 0,
+                         int64_t parts = 1) {
   const int64_t inner_words = words<T>(inner);
+  const int64_t begin = inner_words * part / parts, end = inner_words * (part + 1) / parts;
   const int64_t units = unit_count(columns);
   for (int64_t unit = 0; unit < units;) {
     const int wide = panel_units(units - unit);
@@ -94,14 +97,15 @@ inline void pack_columns(const typename T::Element* from, int64_t outer, int64_t
     const int64_t valid = columns - first < width ? columns - first : width;
     float* panel = to + first * outer * inner_words;
     if constexpr (!T::kPairs && !T::kNarrow) {
-      if (valid < width) __builtin_memset(panel, 0, static_cast<size_t>(outer * inner * width) * 4);
+      for (int64_t o = 0; o < outer && valid < width; ++o)
+        clear(panel + (o * inner + begin) * width, (end - begin) * width);
       pack_panel(from + first * column_stride, outer, outer_stride, inner, inner_stride, valid, column_stride, panel,
-                 width);
+                 width, begin, end);
       unit += wide;
       continue;
     }
     for (int64_t o = 0; o < outer; ++o) {
-      for (int64_t w = 0; w < inner_words; ++w) {
+      for (int64_t w = begin; w < end; ++w) {
         const int64_t i = T::kPairs ? 2 * w : w;
         const bool single = T::kPairs && i + 1 >= inner;
         uint32_t* dst = reinterpret_cast<uint32_t*>(panel) + (o * inner_words + w) * width;

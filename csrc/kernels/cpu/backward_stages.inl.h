@@ -1,0 +1,279 @@
+// The stages of the backward pass, each on rank-space rows [pixel][rank] that its caller keeps: Z and V are made again,
+// the gradients descend (dV from dy, dZ from dV, dx from dZ), the weight gradients accumulate. All float32; bfloat16
+// data is widened on the way in.
+
+template <class T>
+class BackwardStages {
+ public:
+  BackwardStages(const BottleneckBackwardParams& q, const BackwardGeometry& g, int64_t part)
+      : q_(q),
+        p_(q.forward),
+        s_(q.forward.shape),
+        g_(g),
+        part_(part),
+        shared_(static_cast<float*>(q.scratch)),
+        own_(shared_ + g.shared_words + part * g.part_words),
+        activations_(g.whole ? shared_ : own_) {
+    const int64_t taps = s_.kernel_h * s_.kernel_w;
+    kernel_a_ = reinterpret_cast<int64_t*>(own_ + g_.taps);
+    kernel_b_ = kernel_a_ + taps;
+    rows_a_ = kernel_b_ + taps;
+    rows_b_ = rows_a_ + g_.group * (g_.band + g_.in_band);
+    factor_in_ = weight(q.weights.factor_in, g_.wide_in);
+    factor_out_ = weight(q.weights.factor_out, g_.wide_out);
+    core_ = weight(q.weights.core, g_.wide_core);
+  }
+
+  // This part's share of the weights as floats.
+  void widen_weights() {
+    if constexpr (kBytes == 2) {
+      widen(q_.weights.factor_in, g_.wide_in, s_.c_in * s_.rank_in);
+      widen(q_.weights.core, g_.wide_core, s_.kernel_h * s_.kernel_w * s_.rank_in * s_.rank_out);
+      widen(q_.weights.factor_out, g_.wide_out, s_.c_out * s_.rank_out);
+    }
+  }
+
+  // This part's share of the weights in the forms the products read; after all have widened theirs.
+  void pack() { pack_backward(s_, g_, core_, factor_in_, q_.grad_x && q_.grad_x_strides.c == 1, part_, shared_); }
+
+ protected:
+  using E = typename T::Element;
+  static constexpr int64_t kBytes = sizeof(E);
+
+  static E from_float(float f) {
+    if constexpr (kBytes == 4) {
+      return f;
+    } else {
+      uint32_t u;
+      __builtin_memcpy(&u, &f, sizeof(u));
+      if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<E>((u >> 16) | 0x40u);
+      return static_cast<E>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    }
+  }
+
+  ImageRows x_images() const {
+    const Strides4& st = p_.x_strides;
+    return {static_cast<const char*>(p_.x), st.h * kBytes, st.w * kBytes, st.c * kBytes, st.n * kBytes, g_.x_rows};
+  }
+
+  ImageRows y_images() const {
+    const Strides4& st = q_.grad_y_strides;
+    return {static_cast<const char*>(q_.grad_y), st.h * kBytes, st.w * kBytes, st.c * kBytes, st.n * kBytes, g_.y_rows};
+  }
+
+  // The zero borders of a row of Z.
+  void clear_sides_of_z(float* row) const {
+    const int64_t left = p_.pad_left < g_.z_width ? p_.pad_left : g_.z_width;
+    const int64_t right = (left + g_.z_used) * s_.rank_in;
+    clear(row, left * s_.rank_in);
+    clear(row + right, g_.z_row - right);
+  }
+
+  void clear_sides_of_dv(float* row) const {
+    const int64_t right = (g_.dv_left + p_.out_width) * s_.rank_out;
+    clear(row, g_.dv_left * s_.rank_out);
+    clear(row + right, g_.dv_row - right);
+  }
+
+  // Rows of x into Z, of dy into dV, both from the pixel after the left border.
+  void enter_z(const ImageRows& x, int64_t rows, float* z, int64_t part, int64_t parts) {
+    enter(x, rows, p_.width, g_.z_used, s_.c_in, factor_in_, s_.rank_in, z, g_.z_row, own_ + g_.flat, g_.flat_pitch,
+          g_.x_block, part, parts);
+  }
+
+  void enter_dv(const ImageRows& y, int64_t rows, float* dv, int64_t part, int64_t parts) {
+    enter(y, rows, p_.out_width, p_.out_width, s_.c_out, factor_out_, s_.rank_out, dv + g_.dv_left * s_.rank_out,
+          g_.dv_row, own_ + g_.flat, g_.flat_pitch, g_.y_block, part, parts);
+  }
+
+  void run(const Product& m, int64_t part, int64_t parts) const {
+    if (g_.streams && parts == 1) multiply<AOrder::kAlongK, false, FloatDot, true>(m);
+    else multiply<AOrder::kAlongK, false, FloatDot>(m, part, parts);
+  }
+
+  // `rows` rows of V from Z, whose first row is the first tap of the first of them.
+  void make_v(const float* z, int64_t rows, float* v, const Prefetch& next, int64_t part, int64_t parts) {
+    const int64_t across = p_.dilation_w == 1 ? 1 : s_.kernel_w;
+    Product m;
+    m.k = s_.rank_in * (across == 1 ? s_.kernel_w : 1);
+    m.taps = s_.kernel_h * across;
+    for (int64_t y = 0; y < s_.kernel_h; ++y) {
+      for (int64_t x = 0; x < across; ++x) {
+        kernel_a_[y * across + x] = (y * p_.dilation_h * g_.z_row + x * p_.dilation_w * s_.rank_in) * 4;
+        kernel_b_[y * across + x] = (y * across + x) * m.k;
+      }
+    }
+    m.a_tap = kernel_a_;
+    m.b_tap = kernel_b_;
+    m.segments = rows;
+    m.rows = p_.out_width;
+    m.a = reinterpret_cast<const char*>(z);
+    m.a_row = p_.stride_w * s_.rank_in * 4;
+    m.a_segment = p_.stride_h * g_.z_row * 4;
+    m.b = reinterpret_cast<const char*>(shared_ + g_.core);
+    m.columns = s_.rank_out;
+    m.c = reinterpret_cast<char*>(v);
+    m.c_row = s_.rank_out * 4;
+    m.c_segment = p_.out_width * s_.rank_out * 4;
+    m.read = next;
+    run(m, part, parts);
+  }
+
+  // sum[tap][a][b] = (sum if `add`) + Z^T dV. Undilated taps of a kernel row are neighbours in Z and make one taller
+  // product. Rows of Z and dV as in make_v and enter_dv.
+  void accumulate_core(const float* z, const float* dv, int64_t images, int64_t rows, float* sum, bool add,
+                       int64_t part, int64_t parts) {
+    const int64_t across = p_.dilation_w == 1 ? 1 : s_.kernel_w;
+    const int64_t taps = across == 1 ? s_.kernel_w : 1;
+    Product m;
+    m.rows = taps * s_.rank_in;
+    m.k = p_.out_width;
+    m.taps = images * rows;
+    m.a_tap = rows_a_;
+    m.b_tap = rows_b_;
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t r = 0; r < rows; ++r) {
+        rows_a_[n * rows + r] = (n * g_.z_image() + r * p_.stride_h * g_.z_row) * 4;
+        rows_b_[n * rows + r] = (n * g_.dv_image() + r * g_.dv_row) * 4;
+      }
+    }
+    m.a_k = p_.stride_w * s_.rank_in * 4;
+    m.b = reinterpret_cast<const char*>(dv + g_.dv_left * s_.rank_out);
+    m.b_packed = false;
+    m.b_k = s_.rank_out * 4;
+    m.columns = s_.rank_out;
+    m.c_row = s_.rank_out * 4;
+    m.init_mode = add ? Init::kAccumulate : Init::kZero;
+    for (int64_t y = 0; y < s_.kernel_h; ++y) {
+      for (int64_t x = 0; x < across; ++x) {
+        m.a = reinterpret_cast<const char*>(z + y * p_.dilation_h * g_.z_row + x * p_.dilation_w * s_.rank_in);
+        m.c = reinterpret_cast<char*>(sum + (y * s_.kernel_w + x) * s_.rank_in * s_.rank_out);
+        multiply<AOrder::kAlongM, false, FloatDot>(m, part, parts);
+      }
+    }
+  }
+
+  // `count` rows of dZ, every stride-th from input row i, from a window of dV whose first row is output row `dv_top`.
+  // Each residue class of columns modulo the stride meets its own taps. A single row leaves out the taps that meet no
+  // output row; several rows need zero rows there.
+  void make_dz(const float* dv, int64_t dv_top, int64_t i, int64_t count, float* to, const Prefetch& next,
+               const Prefetch& target, int64_t part, int64_t parts) {
+    Product m;
+    m.read = next;
+    m.write = target;
+    m.packed_taps = s_.kernel_h * s_.kernel_w;
+    m.k = s_.rank_out;
+    m.a_tap = kernel_a_;
+    m.b_tap = kernel_b_;
+    m.b = reinterpret_cast<const char*>(shared_ + g_.core_back);
+    m.columns = s_.rank_in;
+    m.a_row = s_.rank_out * 4;
+    m.a_segment = g_.dv_row * 4;
+    m.c_row = p_.stride_w * s_.rank_in * 4;
+    m.c_segment = p_.stride_h * p_.width * s_.rank_in * 4;
+    m.segments = count;
+    for (int64_t start = 0; start < p_.stride_w && start < p_.width; ++start) {
+      m.rows = (p_.width - start + p_.stride_w - 1) / p_.stride_w;
+      m.taps = 0;
+      for (int64_t ky = s_.kernel_h - 1; ky >= 0; --ky) {
+        const int64_t scaled = i + p_.pad_top - ky * p_.dilation_h, row = floor_div(scaled, p_.stride_h);
+        if (scaled != row * p_.stride_h) continue;
+        if (count == 1 && (row < 0 || row >= p_.out_height)) continue;
+        const int64_t base = (row - dv_top) * g_.dv_row;
+        for (int64_t kx = s_.kernel_w - 1; kx >= 0; --kx) {
+          const int64_t column = start + p_.pad_left - kx * p_.dilation_w;
+          if (column % p_.stride_w) continue;
+          const int64_t pixel = floor_div(column, p_.stride_w) + g_.dv_left;
+          kernel_a_[m.taps] = (base + pixel * s_.rank_out) * 4;
+          kernel_b_[m.taps] = ((s_.kernel_h - 1 - ky) * s_.kernel_w + s_.kernel_w - 1 - kx) * s_.rank_out;
+          ++m.taps;
+          if (g_.merged) break;  // the taps of this kernel row lie one after the other in dV and in the weight
+        }
+      }
+      m.a = reinterpret_cast<const char*>(dv);
+      m.c = reinterpret_cast<char*>(to + start * s_.rank_in);
+      if (g_.merged) {
+        m.k = s_.rank_out * s_.kernel_w;
+        m.packed_taps = s_.kernel_h;
+      }
+      run(m, part, parts);
+      m.read = m.write = Prefetch{};
+    }
+  }
+
+  // Input rows [i0, i1) of dx from dZ.
+  void leave(int64_t n, int64_t i0, int64_t i1, const float* dz, int64_t part, int64_t parts) {
+    const Strides4& st = q_.grad_x_strides;
+    E* to = static_cast<E*>(q_.grad_x) + n * st.n + i0 * st.h;
+    Product m;
+    m.k = s_.rank_in;
+    m.a_row = s_.rank_in * 4;
+    m.store = kBytes == 2 ? Store::kBfloat16 : Store::kFloat;
+    m.c_column = kBytes;
+    m.c = reinterpret_cast<char*>(to);
+    if (st.c == 1) {
+      m.rows = (i1 - i0) * p_.width;
+      m.a = reinterpret_cast<const char*>(dz);
+      m.b = reinterpret_cast<const char*>(shared_ + g_.x_columns);
+      m.columns = s_.c_in;
+      m.c_row = st.w * kBytes;
+      multiply<AOrder::kAlongK, false, FloatDot>(m, part, parts);
+      return;
+    }
+    float* flat = own_ + g_.flat;
+    m.rows = s_.c_in;
+    m.a = reinterpret_cast<const char*>(factor_in_);
+    m.b = reinterpret_cast<const char*>(flat);
+    m.b_packed = false;
+    m.b_k = g_.flat_pitch * 4;
+    m.c_row = st.c * kBytes;
+    for (int64_t i = i0; i < i1; i += g_.x_block) {
+      m.columns = (i + g_.x_block < i1 ? g_.x_block : i1 - i) * p_.width;
+      transpose_words(dz + (i - i0) * p_.width * s_.rank_in, s_.rank_in, m.columns, s_.rank_in, flat, g_.flat_pitch);
+      m.c = reinterpret_cast<char*>(to + (i - i0) * st.h);
+      multiply<AOrder::kAlongK, false, FloatDot>(m, part, parts);
+    }
+  }
+
+  // Writes this part's share of sums that lie in torch's order.
+  void write_sums(const float* sum, int64_t n, void* to) const {
+    for (int64_t i = n * part_ / g_.threads; to && i < n * (part_ + 1) / g_.threads; ++i)
+      static_cast<E*>(to)[i] = from_float(sum[i]);
+  }
+
+  // Input ranks [first, last) of the core's sums, [tap][a][b], in torch's order, [b][a][tap].
+  void write_core(const float* sums, int64_t first, int64_t last) const {
+    const int64_t taps = s_.kernel_h * s_.kernel_w, ab = s_.rank_in * s_.rank_out;
+    E* to = static_cast<E*>(q_.grad_core);
+    for (int64_t a = first; a < last; ++a) {
+      const float* sum = sums + a * s_.rank_out;
+      if constexpr (kBytes == 4) {
+        transpose_words(sum, ab, taps, s_.rank_out, to + a * taps, s_.rank_in * taps);
+      } else {
+        for (int64_t b = 0; b < s_.rank_out; ++b) {
+          for (int64_t t = 0; t < taps; ++t) to[(b * s_.rank_in + a) * taps + t] = from_float(sum[t * ab + b]);
+        }
+      }
+    }
+  }
+
+  const BottleneckBackwardParams& q_;
+  const BottleneckConvParams& p_;
+  const BottleneckShape& s_;
+  const BackwardGeometry& g_;
+  const int64_t part_;
+  float *shared_, *own_, *activations_;
+  const float *factor_in_, *factor_out_, *core_;
+  int64_t *kernel_a_, *kernel_b_, *rows_a_, *rows_b_;
+
+ private:
+  // A weight as floats: in place, or where widen_weights() puts it.
+  const float* weight(const void* from, int64_t copy) const {
+    return kBytes == 4 ? static_cast<const float*>(from) : shared_ + copy;
+  }
+
+  void widen(const void* from, int64_t copy, int64_t n) {
+    const int64_t first = n * part_ / g_.threads, last = n * (part_ + 1) / g_.threads;
+    widen_run<E>(static_cast<const char*>(from) + first * kBytes, 1, 0, last - first, 1, shared_ + copy + first);
+  }
+};
