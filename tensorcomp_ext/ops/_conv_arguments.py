@@ -22,11 +22,10 @@ class Geometry(NamedTuple):
 
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of the output for an input of ``size`` (rows, columns)."""
-        pads = (self.padding[0] + self.padding[1], self.padding[2] + self.padding[3])
-        out = [
-            (size[d] + pads[d] - self.dilation[d] * (kernel[d] - 1) - 1) // self.stride[d] + 1 for d in (0, 1)
-        ]
-        return out[0], out[1]
+        (step_y, step_x), (top, bottom, left, right), (gap_y, gap_x) = self
+        rows = (size[0] + top + bottom - gap_y * (kernel[0] - 1) - 1) // step_y + 1
+        columns = (size[1] + left + right - gap_x * (kernel[1] - 1) - 1) // step_x + 1
+        return rows, columns
 
 
 def _ints(value: object, argument: str, expected: str) -> tuple[int, ...]:
@@ -39,6 +38,12 @@ def _ints(value: object, argument: str, expected: str) -> tuple[int, ...]:
 
 
 def _pair(value: IntOrPair, argument: str, least: int) -> tuple[int, int]:
+    if type(value) is int and value >= least:
+        return value, value
+    if type(value) is tuple and len(value) == 2:
+        first, second = value
+        if type(first) is int and type(second) is int and first >= least and second >= least:
+            return value
     expected = f"an int or a pair of ints >= {least}"
     pair = _ints(value, argument, expected)
     if len(pair) == 1:
@@ -67,7 +72,7 @@ def resolve_geometry(
         total = [dilations[d] * (kernel[d] - 1) for d in (0, 1)]
         top, left = total[0] // 2, total[1] // 2
         return Geometry(strides, (top, total[0] - top, left, total[1] - left), dilations)
-    if isinstance(padding, Sequence) and len(padding) == 4:
+    if type(padding) is not int and isinstance(padding, Sequence) and len(padding) == 4:
         top, bottom, left, right = _ints(padding, "padding", "four ints >= 0")
         if min(top, bottom, left, right) < 0:
             raise ValueError(f"{_NAME}: padding must be >= 0, got {padding}")
@@ -87,12 +92,15 @@ def check_arguments(
     x: Tensor, core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> None:
     """Raise ``ValueError`` or ``TypeError`` naming the argument, what was expected and what was given."""
+    # Every call pays for these checks: a shape is asked for once.
     check_tensor(x, "x", 4, "[N, C_in, H, W]")
     check_factors(core, factor_out, factor_in, bias)
-    if x.shape[1] != factor_in.shape[0]:
+    _, c_in, *size = x.shape
+    if c_in != factor_in.shape[0]:
         raise ValueError(
-            f"{_NAME}: factor_in must be [C_in, R_in] with C_in = {x.shape[1]}, got {list(factor_in.shape)}"
+            f"{_NAME}: factor_in must be [C_in, R_in] with C_in = {c_in}, got {list(factor_in.shape)}"
         )
+    dtype, device = x.dtype, x.device
     for value, argument in (
         (core, "core"),
         (factor_out, "factor_out"),
@@ -101,17 +109,18 @@ def check_arguments(
     ):
         if value is None:
             continue
-        if value.dtype != x.dtype:
-            raise TypeError(f"{_NAME}: {argument} must have x's dtype {x.dtype}, got {value.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{_NAME}: {argument} must be on x's device {x.device}, got {value.device}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{_NAME}: x must be of a floating dtype, got {x.dtype}")
-    rows, columns = geometry.output_size(x.shape[2:], core.shape[2:])
+        if value.dtype != dtype:
+            raise TypeError(f"{_NAME}: {argument} must have x's dtype {dtype}, got {value.dtype}")
+        if value.device != device:
+            raise ValueError(f"{_NAME}: {argument} must be on x's device {device}, got {value.device}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"{_NAME}: x must be of a floating dtype, got {dtype}")
+    kernel = core.shape[2:]
+    rows, columns = geometry.output_size(size, kernel)
     if rows < 1 or columns < 1:
         raise ValueError(
-            f"{_NAME}: the padded input {list(x.shape[2:])} is smaller than the dilated kernel "
-            f"{list(core.shape[2:])} (padding {geometry.padding}, dilation {geometry.dilation})"
+            f"{_NAME}: the padded input {size} is smaller than the dilated kernel "
+            f"{list(kernel)} (padding {geometry.padding}, dilation {geometry.dilation})"
         )
 
 
@@ -119,23 +128,20 @@ def check_factors(core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Ten
     check_tensor(core, "core", 4, "[R_out, R_in, kH, kW]")
     check_tensor(factor_out, "factor_out", 2, "[C_out, R_out]")
     check_tensor(factor_in, "factor_in", 2, "[C_in, R_in]")
-    if min(core.shape) < 1:
+    shape = core.shape
+    if 0 in shape:
+        raise ValueError(f"{_NAME}: core must be [R_out, R_in, kH, kW] with no empty mode, got {list(shape)}")
+    c_out, rank_out = factor_out.shape
+    if rank_out != shape[0]:
         raise ValueError(
-            f"{_NAME}: core must be [R_out, R_in, kH, kW] with no empty mode, got {list(core.shape)}"
-        )
-    if factor_out.shape[1] != core.shape[0]:
-        raise ValueError(
-            f"{_NAME}: factor_out must be [C_out, R_out] with R_out = {core.shape[0]}, "
+            f"{_NAME}: factor_out must be [C_out, R_out] with R_out = {shape[0]}, "
             f"got {list(factor_out.shape)}"
         )
-    if factor_in.shape[1] != core.shape[1]:
+    if factor_in.shape[1] != shape[1]:
         raise ValueError(
-            f"{_NAME}: factor_in must be [C_in, R_in] with R_in = {core.shape[1]}, "
-            f"got {list(factor_in.shape)}"
+            f"{_NAME}: factor_in must be [C_in, R_in] with R_in = {shape[1]}, got {list(factor_in.shape)}"
         )
     if bias is not None:
         check_tensor(bias, "bias", 1, "[C_out]")
-        if bias.shape[0] != factor_out.shape[0]:
-            raise ValueError(
-                f"{_NAME}: bias must be [C_out] with C_out = {factor_out.shape[0]}, got {list(bias.shape)}"
-            )
+        if bias.shape[0] != c_out:
+            raise ValueError(f"{_NAME}: bias must be [C_out] with C_out = {c_out}, got {list(bias.shape)}")

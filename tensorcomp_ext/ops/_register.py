@@ -32,6 +32,11 @@ def register_default(name: str, kernel: Callable[..., Any], fake: Callable[..., 
         torch.library.register_fake(f"tensorcomp::{name}", fake, lib=_LIBRARY)
 
 
+def register_autograd(name: str, kernel: Callable[..., Any]) -> None:
+    """Register what the dispatcher calls for tensors of autograd, on every device."""
+    _LIBRARY.impl(name, kernel, "Autograd")
+
+
 def fallthrough_autograd(name: str) -> None:
     """For inference-only ops: skip torch's generic autograd wrapper, which costs a microsecond a call."""
     for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):

@@ -7,7 +7,6 @@ goes to the oracle, and :func:`native_support` says why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +21,15 @@ from ._conv_arguments import (
     check_tensor,
     resolve_geometry,
 )
-from ._register import define, fallthrough_autograd, register_autocast, register_default
+from ._register import define, fallthrough_autograd, register_autocast, register_autograd, register_default
 from ._transforms import transformed
+from ._tucker2_conv_autograd import autograd_kernel, native_conv2d, oracle_gradients
 
 _NAME = "tucker2_conv2d"
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_OPS = torch.ops.tensorcomp
+_is_compiling = torch.compiler.is_compiling
+_is_autocast_enabled = torch.is_autocast_enabled
 
 
 def native_support(
@@ -40,13 +43,11 @@ def native_support(
     dilation: IntOrPair = 1,
 ) -> Support:
     """Whether the native kernel takes this problem, and the reason when it does not."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         loaded = _native.status()
-        if not loaded.ok:
-            return loaded
-        if x.dtype not in _NATIVE_DTYPES:
+        if loaded.ok and x.dtype not in _NATIVE_DTYPES:
             return Support(False, f"the native CPU kernel takes float32 and bfloat16, not {x.dtype}")
-        return Support(True)
+        return loaded
     return Support(False, f"there is no native {_NAME} for device {x.device.type!r}")
 
 
@@ -95,19 +96,20 @@ def tucker2_conv2d(
     check_tensor(core, "core", 4, "[R_out, R_in, kH, kW]")
     geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
     check_arguments(x, core, factor_out, factor_in, bias, geometry)
-    if backend not in (None, "native", "reference"):
+    if backend is not None and backend not in ("native", "reference"):
         raise ValueError(f"{_NAME}: backend must be None, 'native' or 'reference', got {backend!r}")
     if backend != "reference":
         support = native_support(x, core, factor_out, factor_in, bias)
-        compiling = torch.compiler.is_compiling()
-        if support.ok and not compiling and transformed():
+        if support.ok:
+            if _is_compiling():
+                return _OPS.tucker2_conv2d.default(x, core, factor_out, factor_in, bias, *geometry)
+            if not transformed():
+                if _is_autocast_enabled("cpu"):
+                    return _OPS.tucker2_conv2d.default(x, core, factor_out, factor_in, bias, *geometry)
+                return native_conv2d(x, core, factor_out, factor_in, bias, geometry)
             if backend is None:
                 return reference.tucker2_conv2d(x, core, factor_out, factor_in, bias, *geometry)
             support = Support(False, "function transforms and forward-mode AD go to the reference")
-        if support.ok:
-            if torch.is_grad_enabled() and not compiling:
-                return _Tucker2Conv2d.apply(x, core, factor_out, factor_in, bias, geometry)
-            return torch.ops.tensorcomp.tucker2_conv2d(x, core, factor_out, factor_in, bias, *geometry)
         if backend == "native":
             raise ValueError(f"{_NAME}: backend='native' cannot serve: {support.reason}")
     return _forward(x, core, factor_out, factor_in, bias, *geometry)
@@ -180,29 +182,6 @@ def _forward(
     return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
-def _reference_gradients(
-    grad: Tensor,
-    x: Tensor,
-    core: Tensor,
-    factor_out: Tensor,
-    factor_in: Tensor,
-    geometry: Geometry,
-    mask: Sequence[bool],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """Gradients of x, core, factor_out, factor_in and bias by differentiating the oracle."""
-    with torch.enable_grad():
-        tensors = [x, core, factor_out, factor_in]
-        if not create_graph:
-            tensors = [t.detach().requires_grad_(m) for t, m in zip(tensors, mask, strict=False)]
-        y = reference.tucker2_conv2d(tensors[0], tensors[1], tensors[2], tensors[3], None, *geometry)
-        wanted = [t for t, m in zip(tensors, mask, strict=False) if m]
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph) if wanted else ())
-    gradients: list[Tensor | None] = [next(found) if m else None for m in mask[:4]]
-    gradients.append(grad.sum((0, 2, 3)) if mask[4] else None)
-    return gradients
-
-
 def _mask_bits(output_mask: int) -> list[bool]:
     return [bool(output_mask >> bit & 1) for bit in range(5)]
 
@@ -220,7 +199,7 @@ def _backward_default(
 ) -> tuple[Tensor, ...]:
     geometry = resolve_geometry(core.shape[2:], stride, padding, dilation)
     mask = _mask_bits(output_mask)
-    gradients = _reference_gradients(grad, x, core, factor_out, factor_in, geometry, mask, create_graph=False)
+    gradients = oracle_gradients(grad, (x, core, factor_out, factor_in), geometry, mask, create_graph=False)
     layout = torch._prims_common.suggest_memory_format(x)
     if gradients[0] is not None:
         gradients[0] = gradients[0].contiguous(memory_format=layout)
@@ -290,60 +269,13 @@ def _fake_packed(x: Tensor, packed: Tensor, bias: Tensor | None, geometry: list[
     )
 
 
-def _gradients(
-    grad: Tensor, saved: Sequence[Tensor], geometry: Geometry, mask: Sequence[bool]
-) -> list[Tensor | None]:
-    x, core, factor_out, factor_in = saved
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Somebody asks for second derivatives: the oracle has them.
-        return _reference_gradients(grad, x, core, factor_out, factor_in, geometry, mask, create_graph=True)
-    bits = sum(1 << bit for bit, wanted in enumerate(mask) if wanted)
-    found = torch.ops.tensorcomp.tucker2_conv2d_backward(
-        grad, x, core, factor_out, factor_in, *geometry, bits
-    )
-    return [g if wanted else None for g, wanted in zip(found, mask, strict=True)]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, core, factor_out, factor_in, _, *geometry = inputs
-    ctx.save_for_backward(x, core, factor_out, factor_in)
-    ctx.geometry = resolve_geometry(core.shape[2:], *geometry)
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:5]), None, None, None)
-
-
-class _Tucker2Conv2d(torch.autograd.Function):
-    """The op's autograd without the dispatcher's Python layer, which costs 30 microseconds a call."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        core: Tensor,
-        factor_out: Tensor,
-        factor_in: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-    ) -> Tensor:
-        ctx.save_for_backward(x, core, factor_out, factor_in)
-        ctx.geometry = geometry
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.tensorcomp.tucker2_conv2d(x, core, factor_out, factor_in, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:5]), None)
-
-
 for _op, _schema in _SCHEMAS.items():
     define(_op, _schema)
 register_default("tucker2_conv2d", _forward, _fake_forward)
 register_default("tucker2_conv2d_backward", _backward_default, _fake_backward)
 register_default("tucker2_conv2d_pack", _pack_without_native, None)
 register_default("tucker2_conv2d_packed", _packed_without_native, _fake_packed)
-torch.library.register_autograd("tensorcomp::tucker2_conv2d", _autograd, setup_context=_setup_context)
+register_autograd("tucker2_conv2d", autograd_kernel)
 register_autocast("tucker2_conv2d", tensors=5)
 fallthrough_autograd("tucker2_conv2d_backward")
 fallthrough_autograd("tucker2_conv2d_pack")

@@ -55,11 +55,13 @@ def test_second_derivatives_of_native_dtypes(layout: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_autocast(layout: str) -> None:
+@pytest.mark.parametrize("way", ["op", "function"])
+def test_autocast(layout: str, way: str) -> None:
     arguments = Case(layout=layout).make().leaves()
+    call = OPS.tucker2_conv2d if way == "op" else tucker2_conv2d
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = OPS.tucker2_conv2d(*arguments.explicit())
-        double = OPS.tucker2_conv2d(*arguments.double().explicit())
+        y = call(*arguments.explicit())
+        double = call(*arguments.double().explicit())
     low = arguments.with_tensors(t.detach().bfloat16() for t in arguments.tensors if t is not None)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, OPS.tucker2_conv2d(*low.explicit()))
