@@ -56,10 +56,26 @@ class Tucker2Conv2d(torch.autograd.Function):
         return *[g if w else None for g, w in zip(found, wanted, strict=False)], None
 
 
+# Function.apply puts two microseconds around this. Where no transform is on, all that matters of it is what
+# it does for tensors that have outlived one.
+_apply = super(torch.autograd.Function, Tucker2Conv2d).apply
+_unwrap = torch._C._functorch.unwrap_if_dead
+
+
+def differentiable_conv2d(
+    x: Tensor, core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Tensor | None, windows: Windows
+) -> Tensor:
+    """The op with its autograd; the arguments fit, no transform is on and gradients are wanted."""
+    if bias is not None:
+        bias = _unwrap(bias)
+    y: Tensor = _apply(_unwrap(x), _unwrap(core), _unwrap(factor_out), _unwrap(factor_in), bias, windows)
+    return y
+
+
 def native_conv2d(
     x: Tensor, core: Tensor, factor_out: Tensor, factor_in: Tensor, bias: Tensor | None, windows: Windows
 ) -> Tensor:
-    """The op on tensors of autograd, for arguments that fit and where no transform is on."""
+    """The op, differentiable where gradients are wanted; the arguments fit and no transform is on."""
     if _is_grad_enabled() and (
         x.requires_grad
         or core.requires_grad
@@ -67,10 +83,9 @@ def native_conv2d(
         or factor_in.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = Tucker2Conv2d.apply(x, core, factor_out, factor_in, bias, windows)
-        return y
+        return differentiable_conv2d(x, core, factor_out, factor_in, bias, windows)
     with _below_autograd():
-        y = _OPS.tucker2_conv2d.default(x, core, factor_out, factor_in, bias, *windows)
+        y: Tensor = _OPS.tucker2_conv2d.default(x, core, factor_out, factor_in, bias, *windows)
         return y
 
 

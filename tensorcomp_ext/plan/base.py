@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops import Support
 from .case import Case
 from .geometry import Bound
+from .training import TrainingCall
 
 if TYPE_CHECKING:
     from .layer import PlannedLayer
@@ -55,6 +56,10 @@ class Plan(ABC):
     @abstractmethod
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
         """The layer for inference, weights prepared (through ``layer.prepared``) in the dtype of ``case``."""
+
+    def bind_training(self, layer: PlannedLayer, case: Case) -> TrainingCall:
+        """:meth:`run` for checked inputs like ``case``; it reads the layer's factors at each call."""
+        return self.run
 
     def backward_factor(self) -> float:
         """Time of forward and backward over that of forward alone, in multiply-adds."""

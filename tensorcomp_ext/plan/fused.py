@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import BottleneckConv
 from ..ops import Support, tucker2_conv2d
+from ..ops._tucker2_conv_autograd import differentiable_conv2d
 from ..ops.tucker2_conv import native_support, pack_tucker2, packed_geometry, resolve_geometry
 from .base import Plan, Stage, register_plan
 from .case import Case, autocast_dtype
 from .geometry import Bound, ConvGeometry
 from .layer import PlannedLayer
+from .training import TrainingCall
 
 
 @register_plan("fused")
@@ -59,6 +62,26 @@ class Fused(Plan):
             tensors = (x.to(dtype), form.core.to(dtype), form.point_out.to(dtype), form.point_in.to(dtype))
             bias = None if bias is None else bias.to(dtype)
         return tucker2_conv2d(*tensors, bias, stride, padding, dilation)
+
+    def bind_training(self, layer: PlannedLayer, case: Case) -> TrainingCall:
+        form, (stride, padding, dilation) = self._parts(layer)
+        parts = (form.core, form.point_out, form.point_in)
+        names = [name for part in parts for name, p in layer.weight._parameters.items() if p is part]
+        if len(names) < len(parts) or "bias" not in layer._parameters:
+            return self.run  # something is computed from other parameters, at each call
+        geometry = resolve_geometry(form.core.shape[2:], stride, padding, dilation)
+        low = autocast_dtype(case.device) and case.torch_dtype
+        core, point_out, point_in = names
+
+        def call(layer: PlannedLayer, x: Tensor) -> Tensor:
+            factors: dict[str, Any] = layer._modules["weight"]._parameters  # type: ignore[union-attr]
+            bias: Any = layer._parameters["bias"]
+            tensors = (x, factors[core], factors[point_out], factors[point_in], bias)
+            if low is not None:
+                tensors = tuple(None if t is None else t.to(low) for t in tensors)  # type: ignore[assignment]
+            return differentiable_conv2d(*tensors, geometry)
+
+        return call
 
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
         form, (stride, padding, dilation) = self._parts(layer)

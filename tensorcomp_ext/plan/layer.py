@@ -15,21 +15,33 @@ from .base import Candidate, Plan, get_plan, plans_for
 from .case import Case, autocast_dtype, memory_layout
 from .geometry import Bound, Geometry
 from .state import Prepared
+from .training import Trained
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
+_get_autocast_dtype = torch.get_autocast_dtype
 _get_num_threads = torch.get_num_threads
 _PLAIN = (Tensor, nn.Parameter)
+_TRAINED_LIMIT = 256
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What a call must share with another one to be run by the same bound function."""
+    if x.is_cpu:
+        low = _get_autocast_dtype("cpu") if _is_autocast_enabled("cpu") else None
+    else:
+        low = autocast_dtype(x.device.type)
+    return x.shape, x.stride(), x.dtype, x.device, _get_num_threads(), low
 
 
 class PlannedLayer(nn.Module, ABC):
     """A layer whose weight is a format and whose execution is a plan.
 
-    Calls without gradients go through bound functions kept per kind of input, with weights prepared once; a
-    change of the factors is noticed by their version counters. Calls with gradients, under torch.compile, in
-    torch.func transforms and forward-mode AD, or with tensor subclasses run the plan's functional form and
-    cache nothing.
+    Calls go through bound functions kept per kind of input. Without gradients these have weights prepared
+    once, and a change of the factors is noticed by their version counters; with gradients they read the
+    factors at each call. Under torch.compile, in torch.func transforms and forward-mode AD, or with tensor
+    subclasses the plan's functional form runs and nothing is kept.
     """
 
     weight: Format
@@ -85,6 +97,7 @@ class PlannedLayer(nn.Module, ABC):
         """Drop prepared weights; needed after a write through ``Tensor.data`` between inference calls."""
         self._prepared: Prepared | None = None
         self._chosen: dict[tuple[Any, ...], Plan] = {}
+        self._trained: dict[tuple[Any, ...], Trained] = {}
 
     def choices_changed(self) -> None:
         """Take notice of a change of ``tuned``."""
@@ -95,22 +108,18 @@ class PlannedLayer(nn.Module, ABC):
     def forward(self, input: Tensor) -> Tensor:
         x = input  # named as in torch.nn, for calls by keyword
         # Every microsecond here is paid by every call: one key, one look-up, one check of the factors.
-        if not _is_compiling() and not _is_grad_enabled() and not transformed():
-            prepared = self._prepared
-            if prepared is not None:
-                bound = prepared.bound.get(
-                    (
-                        x.shape,
-                        x.stride(),
-                        x.dtype,
-                        x.device,
-                        _get_num_threads(),
-                        _is_autocast_enabled(prepared.device_type)
-                        and torch.get_autocast_dtype(prepared.device_type),
-                        type(x),
-                    )
-                )
-                if bound is not None and prepared.fresh(self._modules["weight"]._parameters):  # type: ignore[union-attr]
+        if not _is_compiling() and type(x) in _PLAIN and not transformed():
+            if _is_grad_enabled():
+                trained = self._trained.get(_kind(x))
+                if trained is not None and trained.fits(self, x):
+                    return trained.call(self, x)
+            elif (prepared := self._prepared) is not None:
+                bound = prepared.bound.get(_kind(x))
+                if (
+                    bound is not None
+                    and "bias" in self._parameters
+                    and prepared.fresh(self._modules["weight"]._parameters)  # type: ignore[union-attr]
+                ):
                     return bound(x, self._parameters["bias"])
         return self._dispatch(x)
 
@@ -121,11 +130,12 @@ class PlannedLayer(nn.Module, ABC):
         if batched is not x:
             return self.forward(batched).squeeze(0)
         self.check_input(x)
-        training = self._needs_gradients(x)
-        autocast = _is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
-        key = (x.shape, x.stride(), x.dtype, x.device, _get_num_threads(), autocast, type(x))
-        if training:
-            return self._choose(x, (*key, True)).run(self, x)
+        key = _kind(x)
+        if self._needs_gradients(x):
+            plan = self._choose(x, (*key, True))
+            y = plan.run(self, x)
+            self._keep_trained(key, plan, x)
+            return y
         prepared = self._renewed()
         if prepared is None:
             return self._choose(x, (*key, False)).run(self, x)
@@ -133,7 +143,7 @@ class PlannedLayer(nn.Module, ABC):
         if bound is None:
             bound = self.executor(self._choose(x, (*key, False)), x)
             prepared.keep(key, bound)
-        return bound(x, self._parameters["bias"])
+        return bound(x, self.bias)
 
     def _traced(self, x: Tensor) -> Tensor:
         """The functional form, for torch.compile, torch.export, function transforms and tensor subclasses."""
@@ -141,6 +151,17 @@ class PlannedLayer(nn.Module, ABC):
         plan = get_plan(self._traced_plans[int(_is_grad_enabled())])
         y = plan.run(self, batched)
         return y if batched is x else y.squeeze(0)
+
+    def _keep_trained(self, key: tuple[Any, ...], plan: Plan, x: Tensor) -> None:
+        """Bind the training call that just went through, where every parameter is a plain one."""
+        factors = self.weight._parameters
+        if "bias" not in self._parameters or any(
+            type(factors.get(name)) not in _PLAIN for name in self.weight.factor_names
+        ):
+            return
+        if len(self._trained) >= _TRAINED_LIMIT:
+            self._trained.clear()
+        self._trained[key] = Trained(plan.bind_training(self, self.case(x, training=True)), self)
 
     def _choose(self, x: Tensor, key: tuple[Any, ...]) -> Plan:
         plan = self._chosen.get(key)
@@ -211,7 +232,7 @@ class PlannedLayer(nn.Module, ABC):
         state = self._prepared
         if state is not None and state.fresh(weight._parameters):
             return state
-        self.clear_cache()
+        self._prepared, self._chosen = None, {}
         factors = {name: weight._parameters.get(name) for name in weight.factor_names}
         plain = {n: f for n, f in factors.items() if type(f) in _PLAIN and not f.is_inference()}  # type: ignore[union-attr]
         if len(plain) < len(factors):
@@ -246,7 +267,7 @@ class PlannedLayer(nn.Module, ABC):
             self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_chosen": {}}
+        return {**self.__dict__, "_prepared": None, "_chosen": {}, "_trained": {}}
 
     def _replicate_for_data_parallel(self) -> PlannedLayer:
         replica = super()._replicate_for_data_parallel()

@@ -214,7 +214,8 @@ def _call(layer: PlannedLayer, name: str, x: Tensor, training: bool) -> Callable
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
     with torch.no_grad():
         gradient = torch.ones_like(plan.run(layer, x))
-    return lambda: torch.autograd.grad(plan.run(layer, x), wanted, gradient)
+    call = plan.bind_training(layer, layer.case(x, training=True))
+    return lambda: torch.autograd.grad(call(layer, x), wanted, gradient)
 
 
 def time_interleaved(

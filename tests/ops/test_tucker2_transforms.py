@@ -75,3 +75,10 @@ def test_gradients_that_are_mapped_or_differentiated(name: str) -> None:
         lambda g: torch.autograd.grad(y, leaf, g, retain_graph=True)[0], several[0], several[1]
     )
     assert relative(tangent, torch.autograd.grad(wanted, double, several[1].double())[0]) <= 1e-5
+
+
+def test_tensors_that_outlive_a_transform() -> None:
+    arguments, kept = Case().make().leaves(), []
+    grad(lambda x: kept.append(x) or x.sum())(arguments.x)
+    found = torch.autograd.grad(tucker2_conv2d(kept[0], *arguments[1:]).sum(), arguments.x)
+    assert torch.equal(found[0], torch.autograd.grad(tucker2_conv2d(*arguments).sum(), arguments.x)[0])
