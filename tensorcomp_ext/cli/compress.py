@@ -86,7 +86,7 @@ def compress(
     for path in (output, html):
         _check_folder(path)
     screen = Screen(as_json)
-    images = _images(model, dataset, data_dir)
+    images = _images(model, dataset, data_dir, train=finetune_epochs > 0)
     dense, images, options = _trained(model, weights, images)
     if channels_last:
         dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -149,11 +149,11 @@ def _check_folder(path: Path | None) -> None:
         raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint="--output, --html")
 
 
-def _images(model: str, dataset: str, root: Path | None) -> data.Dataset | None:
+def _images(model: str, dataset: str, root: Path | None, train: bool) -> data.Dataset | None:
     if root is None and dataset != "digits":
         return None
     size = IMAGE_SIZE.get(model, 32)
-    return data.load(dataset, root, size=None if dataset == "mnist" and size == 28 else size)
+    return data.load(dataset, root, size=None if dataset == "mnist" and size == 28 else size, train=train)
 
 
 def _trained(

@@ -15,11 +15,12 @@ _ROW = 1 + 3 * 32 * 32  # label, then the red, green and blue planes
 _BINARY = "the binary version, cifar-10-binary.tar.gz with data_batch_*.bin and test_batch.bin"
 
 
-def read_cifar10(root: Path) -> Dataset:
+def read_cifar10(root: Path, train: bool = True) -> Dataset:
     """CIFAR-10 (Krizhevsky 2009): 3x32x32; as many data_batch_N.bin as there are, and test_batch.bin.
 
     Arguments:
         root: cifar-10-batches-bin, or the folder above it.
+        train: False reads test_batch.bin alone.
 
     Raises FileNotFoundError where files are missing, naming the binary version where only the pickled one is
     there (it is never unpickled: a pickle can run any program); ValueError for truncated or wrong files.
@@ -38,13 +39,14 @@ def read_cifar10(root: Path) -> Dataset:
         for path in folder.iterdir()
         if (match := re.fullmatch(r"data_batch_(\d+)\.bin", path.name))
     }
-    if not batches:
+    if train and not batches:
         raise FileNotFoundError(f"cifar10: no data_batch_*.bin in {folder}; needed is {_BINARY}")
-    train = np.concatenate([_read_rows(batches[number]) for number in sorted(batches)])
+    rows = [_read_rows(batches[number]) for number in sorted(batches)] if train else [test[:0]]
+    training = np.concatenate(rows)
     return Dataset(
         name="cifar10",
-        train_images=_images(train),
-        train_labels=torch.from_numpy(train[:, 0].astype(np.int64)),
+        train_images=_images(training),
+        train_labels=torch.from_numpy(training[:, 0].astype(np.int64)),
         test_images=_images(test),
         test_labels=torch.from_numpy(test[:, 0].astype(np.int64)),
         mean=CIFAR10_MEAN,

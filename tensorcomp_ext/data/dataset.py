@@ -116,6 +116,10 @@ class Dataset:
             test_labels=self.test_labels[:test],
         )
 
+    def without_training(self) -> Dataset:
+        """The test images alone."""
+        return replace(self, train_images=self.train_images[:0], train_labels=self.train_labels[:0])
+
     def padded(self, size: int) -> Dataset:
         """The same images with black (0) borders, centred in size x size; ValueError if larger."""
         height, width = self.image_size

@@ -29,20 +29,21 @@ _FASHION_CLASSES = (
 )
 
 
-def read_mnist(root: Path) -> Dataset:
+def read_mnist(root: Path, train: bool = True) -> Dataset:
     """MNIST (LeCun et al. 1998): 60,000 training and 10,000 test images of 1x28x28."""
-    return _read(root, "mnist", ("mnist", "MNIST/raw"), (0.1307,), (0.3081,), tuple(map(str, range(10))))
+    digits = tuple(map(str, range(10)))
+    return _read(root, train, "mnist", ("mnist", "MNIST/raw"), (0.1307,), (0.3081,), digits)
 
 
-def read_fashion_mnist(root: Path) -> Dataset:
+def read_fashion_mnist(root: Path, train: bool = True) -> Dataset:
     """Fashion-MNIST (Xiao et al. 2017): 60,000 training and 10,000 test images of 1x28x28."""
-    return _read(
-        root, "fashion-mnist", ("fashion-mnist", "FashionMNIST/raw"), (0.2860,), (0.3530,), _FASHION_CLASSES
-    )
+    folders = ("fashion-mnist", "FashionMNIST/raw")
+    return _read(root, train, "fashion-mnist", folders, (0.2860,), (0.3530,), _FASHION_CLASSES)
 
 
 def _read(
     root: Path,
+    train: bool,
     name: str,
     folders: tuple[str, ...],
     mean: tuple[float, ...],
@@ -50,9 +51,10 @@ def _read(
     classes: tuple[str, ...],
 ) -> Dataset:
     candidates = [root, *(root / folder for folder in folders)]
-    folder = next((c for c in candidates if _find(c, "train-images-idx3-ubyte")), root)
+    sets = (("train", "train"), ("test", "t10k")) if train else (("test", "t10k"),)
+    folder = next((c for c in candidates if _find(c, f"{sets[0][1]}-images-idx3-ubyte")), root)
     parts: dict[str, torch.Tensor] = {}
-    for split, prefix in (("train", "train"), ("test", "t10k")):
+    for split, prefix in sets:
         image_file = _need(folder, f"{prefix}-images-idx3-ubyte", name)
         label_file = _need(folder, f"{prefix}-labels-idx1-ubyte", name)
         images = read_idx(image_file, _IMAGES_MAGIC)
@@ -63,6 +65,8 @@ def _read(
             )
         parts[f"{split}_images"] = torch.from_numpy(images)[:, None]
         parts[f"{split}_labels"] = torch.from_numpy(labels).long()
+    if not train:
+        parts |= {"train_images": parts["test_images"][:0], "train_labels": parts["test_labels"][:0]}
     return Dataset(name=name, mean=mean, std=std, classes=classes, **parts)
 
 

@@ -10,7 +10,7 @@ from .dataset import Dataset
 from .digits import read_digits
 from .idx import read_fashion_mnist, read_mnist
 
-_READERS: dict[str, Callable[[Path], Dataset]] = {
+_READERS: dict[str, Callable[[Path, bool], Dataset]] = {
     "mnist": read_mnist,
     "fashion-mnist": read_fashion_mnist,
     "cifar10": read_cifar10,
@@ -22,7 +22,9 @@ def names() -> tuple[str, ...]:
     return ("digits", *_READERS)
 
 
-def load(name: str, root: str | Path | None = None, *, size: int | None = None) -> Dataset:
+def load(
+    name: str, root: str | Path | None = None, *, size: int | None = None, train: bool = True
+) -> Dataset:
     """Read a data set from files in its official format.
 
     Arguments:
@@ -31,6 +33,7 @@ def load(name: str, root: str | Path | None = None, *, size: int | None = None) 
         root: folder that holds the files, or the folder above it; not used by digits.
         size: side of the images. Digits are upscaled to it (32 by default); the others are padded with black
             from their own size (None keeps that).
+        train: False leaves the training images out, for which no file is needed then.
 
     Raises ValueError for an unknown name or for files that are truncated, damaged or of another format,
     naming the file; FileNotFoundError where files are missing.
@@ -38,11 +41,12 @@ def load(name: str, root: str | Path | None = None, *, size: int | None = None) 
     if name not in names():
         raise ValueError(f"data.load: unknown data set {name!r}; known: {', '.join(names())}")
     if name == "digits":
-        return read_digits(32 if size is None else size)
+        digits = read_digits(32 if size is None else size)
+        return digits if train else digits.without_training()
     if root is None:
         raise ValueError(f"data.load: {name} needs root, the folder that holds its files")
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"data.load: {name}: no folder {folder}")
-    dataset = _READERS[name](folder)
+    dataset = _READERS[name](folder, train)
     return dataset if size is None else dataset.padded(size)

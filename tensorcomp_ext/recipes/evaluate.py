@@ -106,7 +106,7 @@ def recalibrate_batchnorm(
         channels_last: memory format of the images.
 
     Returns the number of batch normalisations. Costs one forward pass of batches * batch_size images. Raises
-    ValueError for batches or batch_size below 1.
+    ValueError for batches or batch_size below 1, or where there are no training images.
     """
     if batches < 1 or batch_size < 1:
         raise ValueError(
@@ -116,6 +116,8 @@ def recalibrate_batchnorm(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
+    if not len(dataset.train_labels):
+        raise ValueError(f"recalibrate_batchnorm: {dataset.name} has no training images")
     device = device_of(model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     order = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(seed))

@@ -103,6 +103,15 @@ def test_compress_as_json_with_accuracy(monkeypatch, weights, tmp_path):
     assert "<html" in (tmp_path / "r.html").read_text().lower()
 
 
+def test_training_images_are_needed_for_training_only(monkeypatch, weights):
+    asked, images = [], digits()
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *a, **options: asked.append(options) or images)
+    words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--rank", "4", "--no-tune"]
+    for more in ([], ["--finetune-epochs", 1]):
+        run("compress", *words, *more, *FAST)
+    assert [options["train"] for options in asked] == [False, True]
+
+
 @pytest.mark.parametrize(("after", "warns"), [(35, True), (36, False)])
 def test_compress_warns_where_accuracy_is_lost(monkeypatch, weights, after, warns):
     images, scores = digits(), iter([40, after])

@@ -26,6 +26,8 @@ def test_digits_split_is_fixed_and_stratified(digits):
     assert torch.equal(digits.test_labels.bincount(), total // 5)
     again = data.load("digits")
     assert torch.equal(again.test_images, digits.test_images)
+    alone = data.load("digits", train=False)
+    assert len(alone.train_labels) == 0 and torch.equal(alone.test_images, digits.test_images)
 
 
 @pytest.mark.parametrize("size", [8, 16, 28])

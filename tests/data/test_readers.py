@@ -197,6 +197,27 @@ def test_missing_cifar_files(tmp_path):
         data.load("cifar10", tmp_path / "absent")
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
+@pytest.mark.parametrize("present", [False, True])
+def test_test_images_alone_need_no_training_files(tmp_path, name, present):
+    if name == "cifar10":
+        write_cifar(tmp_path, batches=(1,) if present else ())
+    else:
+        write_mnist(tmp_path, zipped=True)
+    for path in () if present else tmp_path.glob("train-*"):
+        path.unlink()
+    dataset = data.load(name, tmp_path, size=32, train=False)
+    assert dataset.image_size == (32, 32) and len(dataset.train_labels) == 0
+    assert len(dataset.test_labels) == (4 if name == "cifar10" else 5)
+    if present:
+        everything = data.load(name, tmp_path, size=32)
+        assert torch.equal(dataset.test_images, everything.test_images) and len(everything.train_labels) > 0
+        assert torch.equal(everything.without_training().test_labels, dataset.test_labels)
+    else:
+        with pytest.raises(FileNotFoundError, match=r"train-images|data_batch"):
+            data.load(name, tmp_path)
+
+
 def test_unknown_set_and_missing_root():
     with pytest.raises(ValueError, match=r"'svhn'; known: digits, mnist, fashion-mnist, cifar10"):
         data.load("svhn", ".")

@@ -82,3 +82,5 @@ def test_recalibration_leaves_weights_alone_and_repeats(dataset):
     assert recipes.recalibrate_batchnorm(nn.Linear(2, 2), dataset) == 0
     with pytest.raises(ValueError, match="at least 1"):
         recipes.recalibrate_batchnorm(model, dataset, batches=0)
+    with pytest.raises(ValueError, match="no training images"):
+        recipes.recalibrate_batchnorm(model, dataset.without_training())
