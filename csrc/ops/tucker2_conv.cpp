@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../kernels/cpu/dispatch.h"
+#include "phases.h"
 #include "tensor_utils.h"
 #include "tucker2_conv.h"
 
@@ -146,15 +147,7 @@ Tensor run_forward(BottleneckConvParams& p, const Tensor& x, const std::optional
     p.packed = memory;
   }
   p.scratch = memory + packed_bytes;
-  for (int64_t phase = 0; phase < plan.phases; ++phase) {
-    if (plan.parts == 1) {
-      kernels.run(p, threads, phase, 0);
-      continue;
-    }
-    torch::stable::parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) kernels.run(p, threads, phase, part);
-    });
-  }
+  run_phases(plan.phases, plan.parts, [&](int64_t phase, int64_t part) { kernels.run(p, threads, phase, part); });
   return y;
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../kernels/cpu/dispatch.h"
+#include "phases.h"
 #include "tensor_utils.h"
 #include "tucker2_conv.h"
 
@@ -79,15 +80,8 @@ Gradients tucker2_conv2d_backward(const Tensor& grad, const Tensor& x, const Ten
   const BottleneckPlan plan = kernels.backward_plan(q, threads);
   Tensor scratch = empty_bytes(plan.scratch_bytes);
   q.scratch = scratch.mutable_data_ptr();
-  for (int64_t phase = 0; phase < plan.phases; ++phase) {
-    if (plan.parts == 1) {
-      kernels.backward_run(q, threads, phase, 0);
-      continue;
-    }
-    torch::stable::parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) kernels.backward_run(q, threads, phase, part);
-    });
-  }
+  run_phases(plan.phases, plan.parts,
+             [&](int64_t phase, int64_t part) { kernels.backward_run(q, threads, phase, part); });
   return {grad_x, grad_core, grad_out, grad_in, grad_bias};
 }
 

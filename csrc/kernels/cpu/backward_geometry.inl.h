@@ -5,6 +5,7 @@ struct BackwardGeometry {
   bool x_rows, y_rows;      // pixels lie together in x, in grad_y
   bool gather_x, gather_y;  // copied to dense float32 rows first
   bool need_z, need_v, need_dv, need_dz, merged;
+  bool core_rows;         // bands work on [rank][pixel] (RowBands)
   bool narrow;            // weights and data are widened first
   bool whole;             // whole images at a time, every stage cut among the parts; else each part has its rows
   int64_t group, groups;  // whole: images at a time, and how often
@@ -13,6 +14,8 @@ struct BackwardGeometry {
   int64_t z_width, z_used, z_row, z_rows;
   // Window of dV: zero pixels on the left, zero rows above (whole images only), pixels, words a row, rows.
   int64_t dv_left, dv_above, dv_width, dv_row, dv_rows;
+  // Where bands work on [rank][pixel]: words between ranks, and a row of Z.
+  int64_t z_pitch, dv_pitch, v_pitch, dz_pitch, zr_row;
   int64_t in_band;           // input rows finished in a step, at most
   int64_t x_block, y_block;  // rows of a product where pixels lie together
   int64_t flat_pitch;        // its pixels, padded
@@ -20,7 +23,7 @@ struct BackwardGeometry {
   // memory for whole images, else in each part's own.
   int64_t wide_in, wide_core, wide_out;  // the weights as floats, where they are narrower
   int64_t core, core_back, x_columns, x_copy, y_copy, shared_words;
-  int64_t z, v, dv, dz, flat, taps;
+  int64_t z, zr, v, dv, dz, columns, flat, taps;
   int64_t sum_core, sum_out, sum_in, sum_bias, part_words;
   int64_t threads;
   bool streams;  // as in BottleneckGeometry
@@ -48,6 +51,31 @@ inline void choose_whole(const BottleneckConvParams& p, BackwardGeometry& g) {
   g.group = kWordsTogether / image;
   if (g.group > p.batch) g.group = p.batch;
   g.groups = (p.batch + g.group - 1) / g.group;
+}
+
+// Whether bands work on [rank][pixel]: by the lanes that the stages multiply a pixel, padding included, and what
+// transposing and the rows' own products cost.
+inline void choose_rows(const BottleneckConvParams& p, BackwardGeometry& g) {
+  const BottleneckShape& s = p.shape;
+  constexpr double kTranspose = 6.0;   // lanes a word, as in the forward pass
+  constexpr double kProduct = 1600.0;  // lanes' worth of time that a product costs beside its tiles
+  const auto number = [](int64_t n) { return static_cast<double>(n); };
+  const double taps = number(s.kernel_h * s.kernel_w), width = number(p.out_width);
+  const double a = number(s.rank_in), b = number(s.rank_out), c_in = number(s.c_in), c_out = number(s.c_out);
+  const int64_t across = g.merged ? s.kernel_w : 1;
+  // V, the core's gradient, dZ; then what enters from pixels that lie together, or a factor's gradient from channels.
+  double columns = taps * (2 * a * lane_cost(s.rank_out) + b * lane_cost(s.rank_in));
+  columns += g.x_rows ? c_in * lane_cost(s.rank_in) + kTranspose * 2 * a : c_in * (lane_cost(s.rank_in) - a);
+  columns += g.y_rows ? c_out * lane_cost(s.rank_out) + kTranspose * b : c_out * (lane_cost(s.rank_out) - b);
+  double rows =
+      taps * (2 * a * b * lane_cost(p.out_width) / width + b * lane_cost(across * s.rank_in) / number(across));
+  rows += (g.x_rows ? c_in * a : 0) + (g.y_rows ? c_out * b : 0) + kTranspose * (2 * a + b) + 2 * kProduct / width;
+  g.core_rows = !g.whole && p.stride_w == 1 && rows < columns;
+  if (!g.core_rows) return;
+  g.z_pitch = round_up(g.z_width, 16) + 16;
+  g.zr_row = s.rank_in * g.z_pitch;
+  g.dv_pitch = round_up(g.dv_width, 16) + 16;
+  g.dv_row = s.rank_out * g.dv_pitch;
 }
 
 template <class T>
@@ -88,6 +116,7 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   g.dv_above = first_row < 0 ? -first_row : 0;
   g.dv_rows = g.dv_above + (last_row + 1 > p.out_height ? last_row + 1 : p.out_height);
   choose_whole(p, g);
+  choose_rows(p, g);
   if (!g.whole) {
     g.group = g.groups = 1;
     g.dv_above = 0;
@@ -124,10 +153,14 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
     at += round_up(n, 16);
     return start;
   };
+  // A line of V or dZ a rank; vectors are stored whole.
+  g.v_pitch = round_up(g.band * p.out_width, 16) + 32;
+  g.dz_pitch = round_up(g.in_band * p.width, 16) + 32;
   const int64_t kernel = s.kernel_h * s.kernel_w, rank = s.rank_in > s.rank_out ? s.rank_in : s.rank_out;
   const int64_t z = g.need_z ? g.group * g.z_image() + 64 : 0, dv = g.need_dv ? g.group * g.dv_image() + 64 : 0;
-  const int64_t v = g.need_v ? g.group * g.band * p.out_width * s.rank_out + 64 : 0;
-  const int64_t dz = g.need_dz ? g.group * g.in_band * p.width * s.rank_in + 64 : 0;
+  const int64_t v = g.need_v ? g.group * (g.core_rows ? g.v_pitch : g.band * p.out_width) * s.rank_out + 64 : 0;
+  const int64_t dz = g.need_dz ? g.group * (g.core_rows ? g.dz_pitch : g.in_band * p.width) * s.rank_in + 64 : 0;
+  const int64_t dv_pixels = g.dv_rows * p.out_width, dz_pixels = g.in_band * p.width;
   const int64_t x_rows = g.whole ? p.height : g.z_rows > g.in_band ? g.z_rows : g.in_band;
   const int64_t y_rows = g.whole ? p.out_height : g.dv_rows;
   const int64_t x_copy = g.gather_x ? g.group * x_rows * p.width * s.c_in + 64 : 0;
@@ -160,10 +193,12 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   g.shared_words = at;
 
   at = 0;
-  g.taps = take(4 * kernel + 4 * g.group * (g.band + g.in_band) + 16);
+  g.taps = take(8 * kernel + 4 * g.group * (g.band + g.in_band) + 16);
   g.flat = take(rank * g.flat_pitch + 64);
   if (!g.whole) {
     take_activations();
+    g.zr = take(g.core_rows && g.need_z ? g.z_rows * g.zr_row + 64 : 0);
+    g.columns = take(g.core_rows ? (dv_pixels > dz_pixels ? dv_pixels : dz_pixels) * rank + 64 : 0);
     take_sums(true);
   }
   g.part_words = at;
@@ -175,8 +210,9 @@ inline void pack_backward(const BottleneckShape& s, const BackwardGeometry& g, c
                           bool x_columns, int64_t part, float* to) {
   using F = Float32;
   const int64_t taps = s.kernel_h * s.kernel_w, a = s.rank_in, b = s.rank_out, n = g.threads;
-  if (g.need_v) pack_columns<F>(core, taps, 1, a, taps, b, a * taps, to + g.core, part, n);
+  if (g.need_v && !g.core_rows) pack_columns<F>(core, taps, 1, a, taps, b, a * taps, to + g.core, part, n);
   // All taps in reverse, as the transposed convolution meets them along a row of dV.
-  if (g.need_dz) pack_columns<F>(core + taps - 1, taps, -1, b, a * taps, a, taps, to + g.core_back, part, n);
+  if (g.need_dz && !g.core_rows)
+    pack_columns<F>(core + taps - 1, taps, -1, b, a * taps, a, taps, to + g.core_back, part, n);
   if (x_columns) pack_columns<F>(in, 1, 0, a, 1, s.c_in, a, to + g.x_columns, part, n);
 }

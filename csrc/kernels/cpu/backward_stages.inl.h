@@ -235,26 +235,49 @@ class BackwardStages {
     }
   }
 
+  int64_t share(int64_t n, int64_t next) const { return n * (part_ + next) / g_.threads; }
+
+  // The first part's own memory, where all parts' sums are added up.
+  float* first_sums() const { return shared_ + g_.shared_words; }
+
+  // Adds the other parts' sums to the first's.
+  void add_parts(int64_t offset, int64_t n) const {
+    float* sum = first_sums() + offset;
+    for (int64_t i = 1; i < g_.threads; ++i) {
+      const float* other = sum + i * g_.part_words;
+      for (int64_t j = 0; j < n; ++j) sum[j] += other[j];
+    }
+  }
+
+  // Adds up and writes this part's share of sums that lie in torch's order.
+  void write_share(int64_t offset, int64_t n, void* to) const {
+    add_parts(offset + share(n, 0), share(n, 1) - share(n, 0));
+    write_sums(first_sums() + offset, n, to);
+  }
+
   // Writes this part's share of sums that lie in torch's order.
   void write_sums(const float* sum, int64_t n, void* to) const {
-    for (int64_t i = n * part_ / g_.threads; to && i < n * (part_ + 1) / g_.threads; ++i)
-      static_cast<E*>(to)[i] = from_float(sum[i]);
+    for (int64_t i = share(n, 0); to && i < share(n, 1); ++i) static_cast<E*>(to)[i] = from_float(sum[i]);
+  }
+
+  // to[j * to_row + i] = from[i * from_row + j]
+  static void write_transposed(const float* from, int64_t from_row, int64_t rows, int64_t columns, E* to,
+                               int64_t to_row) {
+    if constexpr (kBytes == 4) {
+      transpose_words(from, from_row, rows, columns, to, to_row);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t i = 0; i < rows; ++i) to[j * to_row + i] = from_float(from[i * from_row + j]);
+      }
+    }
   }
 
   // Input ranks [first, last) of the core's sums, [tap][a][b], in torch's order, [b][a][tap].
   void write_core(const float* sums, int64_t first, int64_t last) const {
-    const int64_t taps = s_.kernel_h * s_.kernel_w, ab = s_.rank_in * s_.rank_out;
-    E* to = static_cast<E*>(q_.grad_core);
-    for (int64_t a = first; a < last; ++a) {
-      const float* sum = sums + a * s_.rank_out;
-      if constexpr (kBytes == 4) {
-        transpose_words(sum, ab, taps, s_.rank_out, to + a * taps, s_.rank_in * taps);
-      } else {
-        for (int64_t b = 0; b < s_.rank_out; ++b) {
-          for (int64_t t = 0; t < taps; ++t) to[(b * s_.rank_in + a) * taps + t] = from_float(sum[t * ab + b]);
-        }
-      }
-    }
+    const int64_t taps = s_.kernel_h * s_.kernel_w;
+    for (int64_t a = first; a < last; ++a)
+      write_transposed(sums + a * s_.rank_out, s_.rank_in * s_.rank_out, taps, s_.rank_out,
+                       static_cast<E*>(q_.grad_core) + a * taps, s_.rank_in * taps);
   }
 
   const BottleneckBackwardParams& q_;

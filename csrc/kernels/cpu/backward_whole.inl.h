@@ -39,10 +39,9 @@ class BackwardWhole : public BackwardStages<T> {
   using Stages::rows_a_;
   using Stages::rows_b_;
   using Stages::s_;
+  using Stages::share;
   using Stages::shared_;
   using typename Stages::E;
-
-  int64_t share(int64_t n, int64_t next) const { return n * (part_ + next) / g_.threads; }
 
   // Where a sum in torch's order accumulates: in the result, or beside it where that is narrower.
   float* sum(void* result, int64_t beside) const {

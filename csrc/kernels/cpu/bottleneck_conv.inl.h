@@ -48,11 +48,11 @@ class BottleneckForward {
     if (phase == 2) widen_bias();
     float *z = z_, *v = v_, *v_other = v_other_;
     for (int64_t n = 0; n < p_.batch; ++n) {
-      // Where stage one transposes or gathers it is cut by rows, everything else by tiles.
+      // Where stage one transposes or gathers pixels it is cut by rows, everything else by tiles or ranks.
       if (phase == 0) {
         const int64_t rows = g_.window_rows;
         const int64_t top = -p_.pad_top;
-        if (g_.x_rows || g_.core_rows || g_.gather_x)
+        if (!g_.x_rows && (g_.core_rows || g_.gather_x))
           fill(n, top + rows * part / parts, top + rows * (part + 1) / parts, top);
         else fill(n, top, top + rows, top, part, parts);
       } else if (phase == 1) {
@@ -151,7 +151,7 @@ class BottleneckForward {
     const int64_t last = to > p_.height ? p_.height : to;
     if (first >= last || g_.z_used <= 0) return;
     float* z = z_ + (first - top) * g_.z_row;
-    if (g_.x_rows) fill_from_rows(n, first, last, z);
+    if (g_.x_rows) fill_from_rows(n, first, last, z, part, parts);
     else fill_from_columns(n, first, last, z, part, parts);
   }
 
@@ -168,7 +168,7 @@ class BottleneckForward {
     __builtin_memset(z, 0, static_cast<size_t>(left * g_.words_mid) * 4);
     const int64_t end = g_.z_row;
     __builtin_memset(z + right * g_.words_mid, 0, static_cast<size_t>(end - right * g_.words_mid) * 4);
-    if (T::kPairs && p_.shape.rank_in % 2)
+    if (T::kPairs && !g_.x_rows && p_.shape.rank_in % 2)
       clear_last_halves(z + left * g_.words_mid, g_.z_used, g_.words_mid, g_.words_mid);
   }
 
@@ -228,20 +228,22 @@ class BottleneckForward {
     }
   }
 
-  // Pixels lie together: ranks along tile rows.
-  void fill_from_rows(int64_t n, int64_t first, int64_t last, float* z) {
+  // Pixels lie together: ranks along tile rows. Every part has some of the ranks.
+  void fill_from_rows(int64_t n, int64_t first, int64_t last, float* z, int64_t part, int64_t parts) {
+    const int64_t begin = g_.words_mid * part / parts, words = g_.words_mid * (part + 1) / parts - begin;
+    const int64_t rank = T::kPairs ? 2 * begin : begin, per_word = T::kPairs ? 2 : 1;
     Product m;
     m.k = g_.words_in;
-    m.a = reinterpret_cast<const char*>(w_ + l_.in_rows);
+    m.a = reinterpret_cast<const char*>(w_ + l_.in_rows + rank * g_.words_in);
     m.a_row = g_.words_in * 4;
-    m.rows = p_.shape.rank_in;
+    m.rows = rank + words * per_word < p_.shape.rank_in ? words * per_word : p_.shape.rank_in - rank;
     m.b_packed = false;
     m.store = T::kPairs ? Store::kBfloat16Pairs : Store::kFloat;
     for (int64_t row = first; row < last; row += g_.in_block) {
       const int64_t rows = row + g_.in_block < last ? g_.in_block : last - row;
       m.columns = g_.in_block == 1 ? g_.z_used : rows * p_.width;
       const bool direct = g_.core_rows && g_.in_block == 1;
-      float* to = direct ? z + p_.pad_left : own_ + g_.flat;
+      float* to = direct ? z + begin * g_.z_pitch + p_.pad_left : own_ + g_.flat;
       m.c = reinterpret_cast<char*>(to);
       m.c_row = (direct ? g_.z_pitch : g_.flat_pitch) * 4;
       if (g_.gather_x) {
@@ -258,11 +260,11 @@ class BottleneckForward {
         if (direct) continue;
         const float* from = to + i * p_.width;
         if (g_.core_rows) {
-          for (int64_t r = 0; r < g_.words_mid; ++r)
-            __builtin_memcpy(z + r * g_.z_pitch + p_.pad_left, from + r * g_.flat_pitch,
+          for (int64_t r = 0; r < words; ++r)
+            __builtin_memcpy(z + (begin + r) * g_.z_pitch + p_.pad_left, from + r * g_.flat_pitch,
                              static_cast<size_t>(g_.z_used) * 4);
         } else {
-          transpose_words(from, g_.flat_pitch, g_.words_mid, g_.z_used, z + p_.pad_left * g_.words_mid, g_.words_mid);
+          transpose_words(from, g_.flat_pitch, words, g_.z_used, z + p_.pad_left * g_.words_mid + begin, g_.words_mid);
         }
       }
     }

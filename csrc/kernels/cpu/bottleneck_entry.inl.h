@@ -72,12 +72,18 @@ struct Bottleneck : BottleneckForwardEntry<T> {
       else whole.run(phase / steps, static_cast<typename Whole::Step>(first + phase % steps));
       return;
     }
-    BackwardBands<TBackward> bands(q, g, part);
+    if (g.core_rows) run_bands<BackwardBands<RowBands<TBackward>>>(q, g, phase, part);
+    else run_bands<BackwardBands<ColumnBands<TBackward>>>(q, g, phase, part);
+  }
+
+  template <class Bands>
+  static void run_bands(const BottleneckBackwardParams& q, const BackwardGeometry& g, int64_t phase, int64_t part) {
+    Bands bands(q, g, part);
     const int64_t rows = q.forward.batch * q.forward.out_height;
     switch (g.narrow ? phase : phase + 1) {
       case 0: bands.widen_weights(); break;
       case 1: bands.pack(); break;
-      case 2: bands.run_rows(rows * part / threads, rows * (part + 1) / threads); break;
+      case 2: bands.run_rows(rows * part / g.threads, rows * (part + 1) / g.threads); break;
       default: bands.reduce();
     }
   }

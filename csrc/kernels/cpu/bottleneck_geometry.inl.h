@@ -84,6 +84,7 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   // In rows form x is multiplied some image rows at a time, so that narrow images fill the vectors too.
   const bool dense_rows = p.x_strides.h == p.width && g.z_used == p.width;
   g.in_block = g.x_rows && dense_rows && p.width > 0 && p.width < 32 ? (32 + p.width - 1) / p.width : 1;
+  if (g.phased && g.in_block > 1) g.in_block = p.height;
   g.flat_pitch = round_up(g.in_block * p.width, 16) + 16;
 
   const int64_t bytes = p.batch * (p.height * p.width * s.c_in + p.out_height * p.out_width * s.c_out) *

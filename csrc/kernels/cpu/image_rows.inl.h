@@ -163,9 +163,19 @@ inline void accumulate_bias(const ImageRows& y, int64_t rows, int64_t width, int
   for (int64_t r = 0; r < rows; ++r) {
     const char* row = y.data + r * y.row;
     if (!y.rows_form) {
-      for (int64_t i = 0; i < width; ++i) {
-        const float* pixel = reinterpret_cast<const float*>(row + i * y.pixel);
-        for (int64_t t = first; t < last; ++t) sum[t] += pixel[t];
+      // A block of channels stays in registers over all pixels; two chains hide the additions' latency.
+      for (int64_t t = first; t < last; t += Wide::kLanes) {
+        const int lanes = static_cast<int>(last - t < Wide::kLanes ? last - t : Wide::kLanes);
+        const float one = 1.0f;
+        Wide even = Wide::load_first(sum + t, lanes), odd = Wide::zero();
+        const char* pixel = row + t * 4;
+        int64_t i = 0;
+        for (; i + 2 <= width; i += 2, pixel += 2 * y.pixel) {
+          even = fma(Wide::load_first(pixel, lanes), Wide::broadcast(&one), even);
+          odd = fma(Wide::load_first(pixel + y.pixel, lanes), Wide::broadcast(&one), odd);
+        }
+        if (i < width) even = fma(Wide::load_first(pixel, lanes), Wide::broadcast(&one), even);
+        fma(odd, Wide::broadcast(&one), even).store_first(sum + t, lanes);
       }
       continue;
     }

@@ -10,6 +10,7 @@
 #include "backward_geometry.inl.h"
 #include "backward_stages.inl.h"
 #include "backward_bands.inl.h"
+#include "backward_rows.inl.h"
 #include "backward_whole.inl.h"
 #include "bottleneck_entry.inl.h"
 #include "peak.inl.h"
