@@ -59,9 +59,16 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave layers of such names dense. Repeat.")
     ] = None,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate",
+            help="Measure batch normalisation again after decomposition, on up to 1,280 training images.",
+        ),
+    ] = False,
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of training after decomposition.")] = 0,
     lr: Annotated[float, typer.Option(min=0, help="Largest learning rate of that training.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Seed of that training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of that training and of the images to recalibrate on.")] = 0,
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the network here.")] = None,
     html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a report for a browser.")] = None,
     tune: Annotated[bool, typer.Option(help="Measure the plans of every layer and keep the fastest.")] = True,
@@ -83,10 +90,12 @@ def compress(
         raise typer.BadParameter(f"{dataset!r} is none of {', '.join(data.names())}", param_hint="--dataset")
     if finetune_epochs and data_dir is None and dataset != "digits":
         raise typer.BadParameter("fine-tuning needs --data", param_hint="--finetune-epochs")
+    if recalibrate and data_dir is None and dataset != "digits":
+        raise typer.BadParameter("recalibration needs --data", param_hint="--recalibrate")
     for path in (output, html):
         _check_folder(path)
     screen = Screen(as_json)
-    images = _images(model, dataset, data_dir, train=finetune_epochs > 0)
+    images = _images(model, dataset, data_dir, train=recalibrate or finetune_epochs > 0)
     dense, images, options = _trained(model, weights, images)
     if channels_last:
         dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -110,6 +119,11 @@ def compress(
     small, report = result
     if images is not None:
         _score(screen, summary, "decomposed", small, images, channels_last)
+        if recalibrate:
+            if recipes.recalibrate_batchnorm(small, images, seed=seed, channels_last=channels_last):
+                _score(screen, summary, "recalibrated", small, images, channels_last)
+            else:
+                warnings.warn("--recalibrate: the network has no batch normalisation", stacklevel=1)
         if finetune_epochs:
             _finetune(screen, small, images, finetune_epochs, lr, seed, channels_last)
             _score(screen, summary, "finetuned", small, images, channels_last)
@@ -201,8 +215,8 @@ def _score(
 ) -> None:
     counted = recipes.evaluate(model, images, "test", channels_last=last)
     summary["accuracy"][when] = counted._asdict()
-    label = {"before": "dense", "decomposed": "decomposed", "finetuned": "fine-tuned"}[when]
-    screen.say(f"{label + ':':12} {counted.correct} of {counted.total} test images correct")
+    label = {"before": "dense", "finetuned": "fine-tuned"}.get(when, when)
+    screen.say(f"{label + ':':13} {counted.correct} of {counted.total} test images correct")
 
 
 def _warn(accuracy: dict[str, dict[str, int]], epochs: int, lr: float) -> None:
@@ -249,10 +263,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for column in ("", "dense", "compressed", ""):
         table.add_column(column, justify="left" if column == "" else "right")
     accuracy = summary.get("accuracy") or {}
-    for when in ("decomposed", "finetuned"):
+    for when in ("decomposed", "recalibrated", "finetuned"):
         if when in accuracy:
             before, after = accuracy["before"], accuracy[when]
-            label = "correct, decomposed" if when == "decomposed" else "correct, fine-tuned"
+            label = f"correct, {'fine-tuned' if when == 'finetuned' else when}"
             table.add_row(
                 label, str(before["correct"]), str(after["correct"]), f"of {after['total']} test images"
             )

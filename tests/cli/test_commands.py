@@ -107,9 +107,35 @@ def test_training_images_are_needed_for_training_only(monkeypatch, weights):
     asked, images = [], digits()
     monkeypatch.setattr("tensorcomp_ext.data.load", lambda *a, **options: asked.append(options) or images)
     words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--rank", "4", "--no-tune"]
-    for more in ([], ["--finetune-epochs", 1]):
+    for more in ([], ["--finetune-epochs", 1], ["--recalibrate"]):
         run("compress", *words, *more, *FAST)
-    assert [options["train"] for options in asked] == [False, True]
+    assert [options["train"] for options in asked] == [False, True, True]
+
+
+def test_recalibration_is_scored_and_saved(monkeypatch, tmp_path):
+    images = digits().padded(32)
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: images)
+    words = ["--model", "resnet20", "--dataset", "digits", "--rank", "4", "--no-tune", "--json", *FAST]
+    states, stages = [], []
+    for more in ([], ["--recalibrate"]):
+        torch.manual_seed(0)
+        path = tmp_path / f"net{len(more)}"
+        outcome = run("compress", *words, "--output", path, *more)
+        stages.append([*json.loads(outcome.stdout)["accuracy"]])
+        assert ("recalibrated:" in outcome.stderr) == bool(more)
+        states.append(load(path, models.build("resnet20", in_channels=1)).state_dict())
+    assert stages == [["before", "decomposed"], ["before", "decomposed", "recalibrated"]]
+    changed = {name for name, value in states[0].items() if not torch.equal(value, states[1][name])}
+    assert changed and all(name.rpartition(".")[2].startswith(("running_", "num_")) for name in changed)
+    found = summary_table({"accuracy": json.loads(outcome.stdout)["accuracy"]})
+    assert [*found.columns[0].cells] == ["correct, decomposed", "correct, recalibrated"]
+
+
+def test_recalibration_without_batch_normalisation_says_so(monkeypatch, weights):
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: digits())
+    words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--rank", "4", "--no-tune"]
+    outcome = run("compress", *words, "--recalibrate", *FAST)
+    assert "warning: --recalibrate: the network has no batch normalisation" in outcome.stderr
 
 
 @pytest.mark.parametrize(("after", "warns"), [(35, True), (36, False)])
@@ -195,6 +221,7 @@ def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
         ["compress", "--model", "lenet5", "--weights", "/nowhere.th"],
         ["compress", "--model", "lenet5", "--dataset", "imagenet"],
         ["compress", "--model", "lenet5", "--finetune-epochs", "1"],
+        ["compress", "--model", "lenet5", "--recalibrate"],
         ["compress", "--model", "lenet5", "--batch", "1,many"],
         ["compress", "--model", "lenet5", "--batch", "0"],
         ["compress", "--model", "lenet5", "--output", "/nowhere/at/all/x"],
