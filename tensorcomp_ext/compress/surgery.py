@@ -39,7 +39,7 @@ class CompressionResult(NamedTuple):
 def compress(
     model: nn.Module,
     format: str | Mapping[Any, str] | None = None,
-    rank: RankSpec | str | None = None,
+    rank: RankSpec | None = None,
     example_inputs: Any = None,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),

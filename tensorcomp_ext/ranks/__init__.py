@@ -1,7 +1,8 @@
 """Rank selection: EVBMF, energy, and budgets of parameters or operations.
 
-A rank specification is an int, a tuple, a float in (0, 1] (fraction of the dense parameters), a rule, or a
-mapping from layer-name patterns to any of these; `resolve_rank` turns it into the ranks of one weight.
+A rank specification is an int, a tuple, a float in (0, 1] (fraction of the dense parameters), a rule, text
+for one of these, or a mapping from layer-name patterns to any of them; `resolve_rank` turns it into the ranks
+of one weight.
 """
 
 from .evbmf import EVBMFResult, evbmf

@@ -14,7 +14,7 @@ from ..decompose import DecompositionError
 from .layouts import RankLayout, Ranks, rank_layout
 from .rules import RankRule, Ratio, rule_class
 
-RankSpec: TypeAlias = int | float | Sequence[int] | RankRule | Mapping[str, Any]
+RankSpec: TypeAlias = int | float | Sequence[int] | RankRule | str | Mapping[str, Any]
 
 
 def _match(spec: Mapping[str, Any], name: str | None) -> Any:
@@ -65,8 +65,8 @@ def resolve_rank(
 
     Arguments:
         spec: an int (the same for every rank), a tuple of ints, a float in (0, 1] (fraction of the dense
-            weights, as `Ratio`), a rule, or a mapping from layer-name patterns (fnmatch; the first that
-            matches; "*" is the default) to any of these
+            weights, as `Ratio`), a rule, text as `parse_rank` takes it, or a mapping from layer-name
+            patterns (fnmatch; the first that matches; "*" is the default) to any of these
         weight: dense weight, [T, S, *k] for "tucker2", [M, N] for "svd"
         name: the layer's name, for mappings and as a prefix of messages
         pixels: positions (H·W, H'·W') the layer reads and writes for one sample, for rules that count
@@ -79,6 +79,11 @@ def resolve_rank(
     prefix = f"{name}: " if name else ""
     if isinstance(spec, Mapping):
         spec = _match(spec, name)
+    if isinstance(spec, str):
+        try:
+            spec = parse_rank(spec)
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from error
     if isinstance(spec, float):
         if not 0.0 < spec <= 1.0:
             raise ValueError(f"{prefix}a fractional rank must be in (0, 1], got {spec}")
@@ -98,7 +103,8 @@ def resolve_rank(
     ranks = [value for value in values if value is not None]
     if len(ranks) != len(values):
         raise TypeError(
-            f"{prefix}rank must be an int, a tuple of ints, a float in (0, 1] or a rank rule, got {spec!r}"
+            f"{prefix}rank must be an int, a tuple of ints, a float in (0, 1], a rank rule, text such as "
+            f"'energy:0.95' or a mapping from layer names to any of these, got {spec!r}"
         )
     if len(ranks) != len(layout.names):
         raise ValueError(

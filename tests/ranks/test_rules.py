@@ -187,10 +187,24 @@ class TestResolve:
         with pytest.raises(ValueError, match=r"^conv1: "):
             ranks.resolve_rank(spec, self.weight, "tucker2", "conv1")
 
-    @pytest.mark.parametrize("spec", [None, True, "energy", (2.0, 3), (True, 2), object()])
+    @pytest.mark.parametrize("spec", [None, True, (2.0, 3), (True, 2), object(), {"conv1": {"a": 2}}])
     def test_bad_types(self, spec):
-        with pytest.raises(TypeError, match="rank must be an int, a tuple of ints"):
-            ranks.resolve_rank(spec, self.weight, "tucker2")
+        expected = (
+            r"^conv1: rank must be an int, a tuple of ints, a float in \(0, 1\], a rank rule, text such as "
+            "'energy:0.95' or a mapping from layer names to any of these, got "
+        )
+        with pytest.raises(TypeError, match=expected):
+            ranks.resolve_rank(spec, self.weight, "tucker2", "conv1")
+
+    @pytest.mark.parametrize("text", ["3", "5,7", "0.4", "vbmf", "energy:0.8", "params:500"])
+    def test_text_is_what_it_stands_for(self, text):
+        expected = ranks.resolve_rank(ranks.parse_rank(text), self.weight, "tucker2")
+        assert ranks.resolve_rank(text, self.weight, "tucker2") == expected
+        assert ranks.resolve_rank({"conv*": text}, self.weight, "tucker2", "conv1") == expected
+
+    def test_text_that_is_no_rank(self):
+        with pytest.raises(ValueError, match=r"^conv1: unknown rank rule 'many'"):
+            ranks.resolve_rank("many", self.weight, "tucker2", "conv1")
 
     def test_bad_weights(self):
         with pytest.raises(ValueError, match=r"svd: weight must be \[M, N\]"):
