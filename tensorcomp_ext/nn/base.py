@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from ..formats import Format, Rank, get_format
 from ..plan import PlannedLayer
-from ..ranks import resolve_rank
+from ..ranks import parse_rank, resolve_rank
 
 _LAYERS: dict[str, type[FactorizedLayer]] = {}
 
@@ -104,6 +104,8 @@ def resolve(rank: Any, shape: Sequence[int], format: str, weight: Tensor | None 
     Raises:
         ValueError: a rank rule that looks at the weight where there is none, or a rank out of range.
     """
+    if isinstance(rank, str):
+        rank = parse_rank(rank)
     if isinstance(rank, tuple) and all(type(r) is int for r in rank):
         return rank
     if type(rank) is int and format == "svd":

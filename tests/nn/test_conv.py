@@ -16,6 +16,7 @@ from tensorcomp_ext.nn import (
     from_config,
 )
 from tensorcomp_ext.plan import plans_for
+from tensorcomp_ext.ranks import Energy
 
 GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1},
@@ -83,9 +84,19 @@ def test_constructor_follows_torch() -> None:
     assert "rank=(2, 2)" in repr(ours) and "tucker2" in repr(ours)
 
 
+def test_ranks_as_text() -> None:
+    assert FactorizedConv2d(8, 6, 3, rank="3,2").rank == (3, 2)
+    assert FactorizedConv2d(8, 6, 3, rank="0.5").rank == FactorizedConv2d(8, 6, 3, rank=0.5).rank
+    dense = nn.Conv2d(8, 6, 3)
+    by_rule = FactorizedConv2d.from_conv(dense, rank=Energy(0.8))
+    assert FactorizedConv2d.from_conv(dense, rank="energy:0.8").rank == by_rule.rank
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rank": "vbmf"}, "for a layer without weights, got"),
+        ({"rank": "many"}, "unknown rank rule 'many'"),
         ({"groups": 2}, "groups must be 1, got 2"),
         ({"padding_mode": "reflect"}, "padding_mode must be 'zeros', got 'reflect'"),
         ({"stride": 0}, "stride must be"),
