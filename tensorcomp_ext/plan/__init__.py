@@ -13,7 +13,8 @@ from .layer import PlannedLayer
 from .dense import Dense  # isort: skip
 from .staged import Staged  # isort: skip
 from .fused import Fused  # isort: skip
-from .tuner import LayerTuning, Timing, TuneResult, time_interleaved, tune
+from .tuner import time_interleaved, tune
+from .tuning import LayerTuning, Timing, TuneResult
 
 __all__ = [
     "Candidate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base import get_plan, plans_for
 from .case import Case
 from .layer import PlannedLayer
+from .tuning import LayerTuning, Timing, TuneResult
 
 Progress = Callable[[int, int, str], None]
 
@@ -20,41 +21,6 @@ _BUDGET = 25.0
 _MIN_ROUNDS = 5
 _HOPELESS = 5.0
 _TIE = 1.02
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call under one plan."""
-
-    median: float
-    p10: float
-    p90: float
-    rounds: int
-
-
-@dataclass(frozen=True)
-class LayerTuning:
-    """What was measured for one layer and one kind of input, and what was chosen."""
-
-    layer: str
-    case: str
-    choice: str
-    timings: Mapping[str, Timing]
-    unavailable: Mapping[str, str]
-    """Plans that could not serve, with the reason."""
-
-
-@dataclass
-class TuneResult:
-    """The outcome of :func:`tune`."""
-
-    layers: list[LayerTuning] = field(default_factory=list)
-    interrupted: bool = False
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """In JSON types."""
-        return asdict(self)
 
 
 @dataclass

@@ -65,6 +65,31 @@ def test_choices_follow_the_medians(stopwatch: dict[str, float]) -> None:
     json.dumps(result.to_dict())
 
 
+def test_printed_result_is_a_table(stopwatch: dict[str, float]) -> None:
+    model = Net()
+    result = tune(model, X)
+    lines = str(result).splitlines()
+    assert lines[0].split(":")[0].strip() == "milliseconds of a call" and "inference, cpu" in lines[0]
+    header = next(line.split() for line in lines if "layer" in line)
+    assert header == ["layer", "input", "plan", "dense", "staged", "fused", "over", "dense"]
+    first = next(line.split() for line in lines if line.split()[:1] == ["first"])
+    assert first[:5] == ["first", "2×3×6×5", "float32", "contiguous", "staged"]
+    assert first[5:7] == ["0.020", "0.010"] and first[-1] == "2.00×"
+    assert lines[-1] == f"4 layers tuned in {result.seconds:.1f} s"
+    assert repr(result) == f"<TuneResult: {lines[-1]}>"
+    assert not any(line != line.rstrip() for line in lines)
+    alone = FactorizedConv2d(3, 8, 3, rank=(2, 2)).double()
+    result = tune(alone, X.double(), training=True)
+    result.interrupted = True
+    text = str(result)
+    assert (
+        "(model)" in text and "training, cpu" in text and "interrupted: the others are as they were" in text
+    )
+    assert text.count("fused: ") == 1
+    result.layers.clear()
+    assert str(result).startswith("0 layers tuned") and "\n" not in str(result)
+
+
 def test_equal_layers_share_a_measurement(stopwatch: dict[str, float]) -> None:
     seen: list[tuple[int, int, str]] = []
     tune(Net(), X, progress=lambda *event: seen.append(event))
