@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._transforms import transformed
+
 _LIBRARY = torch.library.Library("tensorcomp", "FRAGMENT")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
@@ -41,6 +43,25 @@ def fallthrough_autograd(name: str) -> None:
     """For inference-only ops: skip torch's generic autograd wrapper, which costs a microsecond a call."""
     for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, key)
+
+
+def refuse_transforms(name: str, instead: str) -> None:
+    """For inference-only ops that data flows through: an error where derivatives would be lost in silence.
+
+    Reached by every call that has tensors of autograd and is not made below it; so package code makes its
+    calls there.
+    """
+    op = getattr(torch.ops.tensorcomp, name).default
+
+    def kernel(*args: Any) -> Any:
+        if transformed():
+            raise RuntimeError(
+                f"{name}: for inference only; under function transforms and forward-mode AD use {instead}"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    register_autograd(name, kernel)
 
 
 def register_autocast(name: str, tensors: int) -> None:

@@ -6,7 +6,7 @@ goes to the oracle, and :func:`native_support` says why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,14 @@ from ._conv_arguments import (
     check_tensor,
     resolve_geometry,
 )
-from ._register import define, fallthrough_autograd, register_autocast, register_autograd, register_default
+from ._register import (
+    define,
+    fallthrough_autograd,
+    refuse_transforms,
+    register_autocast,
+    register_autograd,
+    register_default,
+)
 from ._transforms import transformed
 from ._tucker2_conv_autograd import autograd_kernel, native_conv2d, oracle_gradients
 
@@ -146,12 +153,27 @@ def tucker2_conv2d_packed(
 
     Raises:
         ValueError: sizes that do not fit.
-        RuntimeError: ``packed`` was made for other sizes, another dtype or another instruction set.
+        RuntimeError: ``packed`` was made for other sizes, another dtype or another instruction set; or a
+            function transform or forward-mode AD is on.
     """
     geometry = resolve_geometry(core_shape[2:], stride, padding, dilation)
-    return torch.ops.tensorcomp.tucker2_conv2d_packed(
-        x, packed, bias, packed_geometry(core_shape, x.shape[1], c_out, geometry)
-    )
+    numbers = packed_geometry(core_shape, x.shape[1], c_out, geometry)
+    if _is_compiling() or transformed():
+        return _OPS.tucker2_conv2d_packed.default(x, packed, bias, numbers)
+    return bind_packed(packed, numbers)(x, bias)
+
+
+def bind_packed(packed: Tensor, geometry: list[int]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The op of packed weights as a function of x and bias, for calls that no transform sees."""
+    op = _OPS.tucker2_conv2d_packed.default
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    def call(x: Tensor, bias: Tensor | None) -> Tensor:
+        with below_autograd():
+            y: Tensor = op(x, packed, bias, geometry)
+            return y
+
+    return call
 
 
 # --- registration ---
@@ -279,4 +301,4 @@ register_autograd("tucker2_conv2d", autograd_kernel)
 register_autocast("tucker2_conv2d", tensors=5)
 fallthrough_autograd("tucker2_conv2d_backward")
 fallthrough_autograd("tucker2_conv2d_pack")
-fallthrough_autograd("tucker2_conv2d_packed")
+refuse_transforms("tucker2_conv2d_packed", instead="tucker2_conv2d")

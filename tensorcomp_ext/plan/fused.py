@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formats import BottleneckConv
 from ..ops import Support, tucker2_conv2d
 from ..ops._tucker2_conv_autograd import differentiable_conv2d
-from ..ops.tucker2_conv import native_support, pack_tucker2, packed_geometry, resolve_geometry
+from ..ops.tucker2_conv import bind_packed, native_support, pack_tucker2, packed_geometry, resolve_geometry
 from .base import Plan, Stage, register_plan
 from .case import Case, autocast_dtype
 from .geometry import Bound, ConvGeometry
@@ -93,5 +93,4 @@ class Fused(Plan):
             lambda: (pack_tucker2(core.to(dtype), form.point_out.to(dtype), form.point_in.to(dtype)),),
         )
         numbers = packed_geometry(core.shape, form.point_in.shape[0], form.point_out.shape[0], geometry)
-        op = torch.ops.tensorcomp.tucker2_conv2d_packed.default
-        return lambda x, bias: op(x, packed, bias, numbers)
+        return bind_packed(packed, numbers)

@@ -30,9 +30,8 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
     """What a call must share with another one to be run by the same bound function."""
     if x.is_cpu:
         low = _get_autocast_dtype("cpu") if _is_autocast_enabled("cpu") else None
-    else:
-        low = autocast_dtype(x.device.type)
-    return x.shape, x.stride(), x.dtype, x.device, _get_num_threads(), low
+        return x.shape, x.stride(), x.dtype, _get_num_threads(), low
+    return x.shape, x.stride(), x.dtype, _get_num_threads(), autocast_dtype(x.device.type), x.device
 
 
 class PlannedLayer(nn.Module, ABC):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from tucker2_problems import DTYPES, GEOMETRIES, LAYOUTS, SIZES, Arguments, Case
 
 from tensorcomp_ext import _native
@@ -82,6 +83,29 @@ def test_compiles_whole() -> None:
     )
     assert torch.equal(compiled(arguments.x), run(arguments, packed))
     torch.compiler.reset()
+
+
+def test_refuses_transforms() -> None:
+    """Derivatives would be lost in silence; mapping is served one by one."""
+    arguments = Case().make()
+    packed = pack(arguments)
+    geometry = packed_geometry(arguments.core.shape, 5, 6, arguments.geometry)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: torch.ops.tensorcomp.tucker2_conv2d_packed(x, packed, arguments.bias, geometry),
+        lambda x: run(arguments._replace(x=x), packed),
+    ]
+    x, refused = arguments.x, "tucker2_conv2d_packed: for inference only; .* use tucker2_conv2d"
+    for call in calls:
+        for mode in (torch.no_grad(), torch.enable_grad()):
+            with mode, pytest.raises(RuntimeError, match=refused):
+                torch.func.jvp(call, (x,), (x,))
+            with mode, forward_ad.dual_level(), pytest.raises(RuntimeError, match=refused):
+                call(forward_ad.make_dual(x, x))
+        with pytest.raises(RuntimeError, match=refused):
+            torch.func.grad(lambda x: call(x).sum())(x)  # noqa: B023
+        assert torch.equal(call(x), run(arguments, packed))
+        assert not call(x.clone().requires_grad_()).requires_grad
+    assert torch.equal(torch.func.vmap(calls[0])(torch.stack([x, x]))[1], calls[0](x))
 
 
 OTHERS: dict[str, Callable[[Arguments], Arguments]] = {
