@@ -131,11 +131,14 @@ class _FactorizedConv(FactorizedLayer):
             device="meta",
         )
 
+    @property
+    def input_form(self) -> str:
+        return f"[{', '.join(('N', str(self.in_channels), *('D', 'H', 'W')[3 - self.spatial :]))}]"
+
     def check_input(self, x: Tensor) -> None:
         name = type(self).__name__
         if x.dim() != self.spatial + 2 or x.shape[1] != self.in_channels:
-            sizes = ["N", str(self.in_channels), *("D", "H", "W")[3 - self.spatial :]]
-            raise ValueError(f"{name}: x must be [{', '.join(sizes)}], got {list(x.shape)}")
+            raise ValueError(f"{name}: x must be {self.input_form}, got {list(x.shape)}")
         _check_match(name, x, self.weight.factors[0])
         output = self.geometry.output_shape(x.shape, self.weight.shape)
         if min(output[2:]) < 1:

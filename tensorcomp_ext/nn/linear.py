@@ -94,9 +94,13 @@ class FactorizedLinear(FactorizedLayer):
         layer._take_dense(linear, made)
         return layer
 
+    @property
+    def input_form(self) -> str:
+        return f"[..., {self.in_features}]"
+
     def check_input(self, x: Tensor) -> None:
         if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"FactorizedLinear: x must be [..., {self.in_features}], got {list(x.shape)}")
+            raise ValueError(f"FactorizedLinear: x must be {self.input_form}, got {list(x.shape)}")
         _check_match("FactorizedLinear", x, self.weight.factors[0])
 
     def to_dense(self) -> nn.Module:

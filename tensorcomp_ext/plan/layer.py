@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import is_tensor_like
 
 from ..formats import Format
 from ..ops._transforms import transformed
@@ -123,6 +124,9 @@ class PlannedLayer(nn.Module, ABC):
         return self._dispatch(x)
 
     def _dispatch(self, x: Tensor) -> Tensor:
+        if not is_tensor_like(x):  # which subclasses are, and what traces for torch.fx
+            name = type(self).__name__
+            raise TypeError(f"{name}: x must be a tensor {self.input_form}, got {type(x).__name__}")
         if _is_compiling() or type(x) not in _PLAIN or x.device.type == "meta" or transformed():
             return self._traced(x)
         batched = self.as_batch(x)
@@ -209,6 +213,11 @@ class PlannedLayer(nn.Module, ABC):
         return state.prepare(plan, dtype, make)
 
     # --- for subclasses ------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def input_form(self) -> str:
+        """Sizes of an input as messages name them, such as "[N, 3, H, W]"."""
 
     @abstractmethod
     def check_input(self, x: Tensor) -> None:

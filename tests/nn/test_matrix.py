@@ -240,6 +240,12 @@ def test_export(pair: Pair) -> None:
     assert relative(program.module()(larger), layer(larger)) < 1e-5
 
 
+def test_linear_layers_under_fx() -> None:
+    layer = tcnn.FactorizedLinear(7, 9, rank=3)
+    x = torch.randn(2, 7)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
+
+
 @every_pair
 def test_counts(pair: Pair) -> None:
     layer = factorized(dense_layer(pair), pair)
@@ -282,5 +288,15 @@ def test_wrong_inputs_are_named(pair: Pair) -> None:
         layer(torch.randn(shape))
     with pytest.raises(TypeError, match=r"x must have the weight's dtype torch.float32, got torch.float64"):
         layer(sample(pair, torch.float64))
+    layer(sample(pair))
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            layer(sample(pair))
+            for wrong in ("x", None, [1.0], sample(pair).numpy()):
+                message = (
+                    rf"^{type(layer).__name__}: x must be a tensor \[.*7.*\], got {type(wrong).__name__}$"
+                )
+                with pytest.raises(TypeError, match=message):
+                    layer(wrong)
     with pytest.raises(ValueError, match=r"plan must be None or one of \['dense', 'staged'"):
         layer.plan = "quick"
