@@ -6,39 +6,44 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 namespace tensorcomp::ops {
 
 // Calls run(phase, part) for `phases` times `parts` pieces, all pieces of a phase before the next one's. The pool is
 // entered once: a fork and join costs about two microseconds, as much as a phase of a small problem.
 //
-// Pieces are handed out in order. A thread waits only for pieces that others hold already, so it makes no difference
-// how many of them come, or when: one alone runs everything.
+// Thread i runs part i of every phase, whose data its cache holds, and then what others have not begun. So it makes no
+// difference how many threads come, or when: one alone runs everything, and nobody waits for a piece that nobody runs.
 template <class Run>
 void run_phases(int64_t phases, int64_t parts, const Run& run) {
   if (parts == 1) {
     for (int64_t phase = 0; phase < phases; ++phase) run(phase, 0);
     return;
   }
-  alignas(64) std::atomic<int64_t> taken{0};
-  alignas(64) std::atomic<int64_t> done{0};
-  const auto work = [&] {
-    for (;;) {
-      const int64_t piece = taken.fetch_add(1, std::memory_order_relaxed);
-      if (piece >= phases * parts) return;
-      const int64_t before = piece / parts * parts;
-      for (int64_t tries = 0; done.load(std::memory_order_acquire) < before; ++tries) {
-        constexpr int64_t kSpins = 4096;  // some ten microseconds; then somebody else may need the core
+  struct alignas(64) Line {
+    std::atomic<int64_t> value{0};
+  };
+  std::vector<Line> begun(static_cast<size_t>(parts));  // phases of each part that somebody took
+  Line done;                                            // pieces
+  const auto take = [&](int64_t phase, int64_t part) {
+    int64_t expected = phase;
+    if (!begun[static_cast<size_t>(part)].value.compare_exchange_strong(expected, phase + 1)) return;
+    run(phase, part);
+    done.value.fetch_add(1, std::memory_order_release);
+  };
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t) {
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      for (int64_t i = 0; i < parts; ++i) take(phase, (first + i) % parts);
+      for (int64_t tries = 0; done.value.load(std::memory_order_acquire) < (phase + 1) * parts; ++tries) {
+        constexpr int64_t kSpins = 4096;  // some tens of microseconds; then somebody else may need the core
         if (tries >= kSpins) std::this_thread::yield();
 #if defined(__x86_64__)
         else __builtin_ia32_pause();
 #endif
       }
-      run(piece / parts, piece % parts);
-      done.fetch_add(1, std::memory_order_release);
     }
-  };
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t, int64_t) { work(); });
+  });
 }
 
 }  // namespace tensorcomp::ops

@@ -128,7 +128,7 @@ class BackwardBands : public Stages {
       const int64_t i0 = input_row(b0), i1 = input_row(b1);
       // Rows of dV for this band's weight gradients and for the input rows it finishes.
       // Its first row only ever moves down: rows once left behind are not made again.
-      const int64_t reach = g_.need_dz ? (g_.halo - 1) / p_.stride_h : 0;
+      const int64_t reach = g_.need_dz ? g_.reach(p_.stride_h) : 0;
       const int64_t dv_first = b0 > reach ? b0 - reach : 0;
       if (!started || dv_filled <= dv_first) dv_filled = dv_first;
       else if (dv_first > dv_top)

@@ -30,6 +30,8 @@ struct BackwardGeometry {
 
   int64_t z_image() const { return z_rows * z_row; }
   int64_t dv_image() const { return dv_rows * dv_row; }
+  // Output rows before a given one that touch the first input row of its window.
+  int64_t reach(int64_t stride) const { return (halo - 1) / stride; }
   bool gathers() const { return narrow || gather_x || gather_y; }
 };
 
@@ -72,9 +74,11 @@ inline void choose_rows(const BottleneckConvParams& p, BackwardGeometry& g) {
   rows += (g.x_rows ? c_in * a : 0) + (g.y_rows ? c_out * b : 0) + kTranspose * (2 * a + b) + 2 * kProduct / width;
   g.core_rows = !g.whole && p.stride_w == 1 && rows < columns;
   if (!g.core_rows) return;
-  g.z_pitch = round_up(g.z_width, 16) + 16;
+  // Not a multiple of half a kilobyte, lest lines fall on one set of the cache.
+  const auto pitch = [](int64_t words) { return round_up(words, 16) + (round_up(words, 16) % 128 == 0 ? 16 : 0); };
+  g.z_pitch = pitch(g.z_width);
   g.zr_row = s.rank_in * g.z_pitch;
-  g.dv_pitch = round_up(g.dv_width, 16) + 16;
+  g.dv_pitch = pitch(g.dv_width);
   g.dv_row = s.rank_out * g.dv_pitch;
 }
 
@@ -120,17 +124,19 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   if (!g.whole) {
     g.group = g.groups = 1;
     g.dv_above = 0;
-    constexpr int64_t kBandWords = 96 * 1024;  // a band's data: most of half a megabyte of private cache
+    // A band's data: larger ones were not faster, and take more scratch.
+    constexpr int64_t kBandWords = 48 * 1024;
+    const int64_t forms = g.core_rows ? 4 : 2;
     const int64_t row_words =
-        p.width * p.stride_h * (s.c_in + 2 * s.rank_in) + p.out_width * (s.c_out + 2 * s.rank_out);
+        p.width * p.stride_h * (s.c_in + forms * s.rank_in) + p.out_width * (s.c_out + forms * s.rank_out);
     g.band = kBandWords / (row_words > 0 ? row_words : 1);
     if (g.band < 1) g.band = 1;
     if (g.band > p.out_height) g.band = p.out_height;
     g.z_rows = (g.band - 1) * p.stride_h + g.halo;
-    // Output rows kept for input rows not finished yet, and the new ones.
-    g.dv_rows = g.band + ceil_div(g.halo, p.stride_h) + 1;
-    // A step finishes the input rows above its last output row; the first and last step also those at the borders.
-    g.in_band = g.band * p.stride_h + p.pad_top + g.halo + p.stride_h;
+    // Output rows that still touch input rows not finished, and the new ones.
+    g.dv_rows = g.band + (g.need_dz ? g.reach(p.stride_h) : 0);
+    // A step finishes the input rows above its last output row's window; an image's last step the rest of the image.
+    g.in_band = g.band * p.stride_h + g.halo - 1;
     if (g.in_band > p.height) g.in_band = p.height;
   }
   // Whole images are read as planes: rows must follow each other.
@@ -159,8 +165,10 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   const int64_t kernel = s.kernel_h * s.kernel_w, rank = s.rank_in > s.rank_out ? s.rank_in : s.rank_out;
   const int64_t z = g.need_z ? g.group * g.z_image() + 64 : 0, dv = g.need_dv ? g.group * g.dv_image() + 64 : 0;
   const int64_t v = g.need_v ? g.group * (g.core_rows ? g.v_pitch : g.band * p.out_width) * s.rank_out + 64 : 0;
-  const int64_t dz = g.need_dz ? g.group * (g.core_rows ? g.dz_pitch : g.in_band * p.width) * s.rank_in + 64 : 0;
-  const int64_t dv_pixels = g.dv_rows * p.out_width, dz_pixels = g.in_band * p.width;
+  int64_t dz = g.need_dz ? g.group * (g.core_rows ? g.dz_pitch : g.in_band * p.width) * s.rank_in + 64 : 0;
+  // dV and V on their way between the two forms lie where dZ will, dZ itself beside it.
+  const int64_t on_the_way = g.core_rows ? g.dv_rows * p.out_width * s.rank_out + 64 : 0;
+  if (dz < on_the_way) dz = on_the_way;
   const int64_t x_rows = g.whole ? p.height : g.z_rows > g.in_band ? g.z_rows : g.in_band;
   const int64_t y_rows = g.whole ? p.out_height : g.dv_rows;
   const int64_t x_copy = g.gather_x ? g.group * x_rows * p.width * s.c_in + 64 : 0;
@@ -194,11 +202,12 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
 
   at = 0;
   g.taps = take(8 * kernel + 4 * g.group * (g.band + g.in_band) + 16);
-  g.flat = take(rank * g.flat_pitch + 64);
+  const bool flat = g.x_rows || g.y_rows || (q.grad_x && q.grad_x_strides.c != 1);
+  g.flat = take(flat ? rank * g.flat_pitch + 64 : 0);
   if (!g.whole) {
     take_activations();
     g.zr = take(g.core_rows && g.need_z ? g.z_rows * g.zr_row + 64 : 0);
-    g.columns = take(g.core_rows ? (dv_pixels > dz_pixels ? dv_pixels : dz_pixels) * rank + 64 : 0);
+    g.columns = take(g.core_rows && g.x_rows && q.grad_factor_in ? g.in_band * p.width * s.rank_in + 64 : 0);
     take_sums(true);
   }
   g.part_words = at;

@@ -97,7 +97,7 @@ class RowBands : public BackwardStages<T> {
       enter_rows(y, rows, width, width, s_.c_out, this->factor_out_, rank, to, g_.dv_row, g_.dv_pitch, g_.y_block);
       return;
     }
-    float* columns = own_ + g_.columns;
+    float* columns = own_ + g_.dz;
     enter(y, rows, width, width, s_.c_out, this->factor_out_, rank, columns, width * rank, nullptr, 0, 1);
     for (int64_t r = 0; r < rows; ++r)
       transpose_words(columns + r * width * rank, rank, width, rank, to + r * g_.dv_row, g_.dv_pitch);
@@ -182,11 +182,13 @@ class RowBands : public BackwardStages<T> {
   }
 
   void add_out(const ImageRows& y, int64_t rows, bool add) {
-    add_factor(y, rows, p_.out_width, s_.c_out, own_ + g_.v, g_.v_pitch, s_.rank_out, own_ + g_.sum_out, add);
+    add_factor(y, rows, p_.out_width, s_.c_out, own_ + g_.v, g_.v_pitch, s_.rank_out, own_ + g_.dz, own_ + g_.sum_out,
+               add);
   }
 
   void add_in(const ImageRows& x, int64_t rows, bool add) {
-    add_factor(x, rows, p_.width, s_.c_in, own_ + g_.dz, g_.dz_pitch, s_.rank_in, own_ + g_.sum_in, add);
+    add_factor(x, rows, p_.width, s_.c_in, own_ + g_.dz, g_.dz_pitch, s_.rank_in, own_ + g_.columns, own_ + g_.sum_in,
+               add);
   }
 
   void band_leave(int64_t n, int64_t i0, int64_t i1) {
@@ -262,11 +264,11 @@ class RowBands : public BackwardStages<T> {
     }
   }
 
-  // A factor's sums from an image and rank-space lines [rank][pixel].
+  // A factor's sums from an image and rank-space lines [rank][pixel]; `columns` has room for the lines as
+  // [pixel][rank].
   void add_factor(const ImageRows& x, int64_t rows, int64_t width, int64_t channels, const float* lines, int64_t pitch,
-                  int64_t rank, float* sum, bool add) {
+                  int64_t rank, float* columns, float* sum, bool add) {
     if (x.rows_form) {
-      float* columns = own_ + g_.columns;
       transpose_words(lines, pitch, rank, rows * width, columns, rank);
       accumulate(x, 1, rows, width, channels, columns, width * rank, 0, rank, sum, add, rows_a_, rows_b_);
       return;
