@@ -46,4 +46,5 @@ def tucker2_conv2d(
     z = torch.einsum("nshw,sa->nahw", x, factor_in)  # [N, R_in, H, W]
     v = F.conv2d(z, core, stride=stride, padding=padding, dilation=dilation)  # [N, R_out, H', W']
     y = torch.einsum("nbhw,tb->nthw", v, factor_out)  # [N, T, H', W']
-    return y if bias is None else y + bias[:, None, None]
+    # Under autocast y is in the lower dtype and the bias is not.
+    return y if bias is None else y + bias[:, None, None].to(y.dtype)
