@@ -26,7 +26,7 @@ struct BackwardGeometry {
   int64_t z, zr, v, dv, dz, columns, flat, taps;
   int64_t sum_core, sum_out, sum_in, sum_bias, part_words;
   int64_t threads;
-  bool streams;  // as in BottleneckGeometry
+  bool streams;  // lines of x, grad_y and grad_x are asked for ahead
 
   int64_t z_image() const { return z_rows * z_row; }
   int64_t dv_image() const { return dv_rows * dv_row; }
@@ -91,7 +91,7 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   g.narrow = T::kNarrow;
   const int64_t bytes = p.batch * (2 * p.height * p.width * s.c_in + p.out_height * p.out_width * s.c_out) *
                         static_cast<int64_t>(sizeof(typename T::Element));
-  g.streams = bytes > threads * (int64_t{1} << 21);
+  g.streams = bytes > threads * (int64_t{1} << 18);
   const auto rows_form = [](const Strides4& st, int64_t width) { return st.c != 1 && (st.w == 1 || width == 1); };
   g.x_rows = rows_form(p.x_strides, p.width);
   g.y_rows = rows_form(q.grad_y_strides, p.out_width);

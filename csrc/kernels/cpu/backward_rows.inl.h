@@ -117,11 +117,12 @@ class RowBands : public BackwardStages<T> {
     m.columns = p_.out_width;
     m.c_row = g_.v_pitch * 4;
     m.read = next;
+    m.read.count = (next.count + rows - 1) / rows;
     for (int64_t r = 0; r < rows; ++r) {
       m.b = reinterpret_cast<const char*>(zr(r * p_.stride_h));
       m.c = reinterpret_cast<char*>(own_ + g_.v + r * p_.out_width);
       this->run(m, 0, 1);
-      m.read = Prefetch{};
+      m.read.at += m.read.count * m.read.pitch;
     }
   }
 

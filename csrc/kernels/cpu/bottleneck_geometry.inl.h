@@ -20,7 +20,7 @@ struct BottleneckGeometry {
   int64_t z, v, v_other, flat, gathered, bias, taps, part_words;
   bool phased;
   PackedForms forms() const { return {!x_rows, x_rows, !core_rows, core_rows, !y_rows, y_rows}; }
-  bool streams;  // x and y do not stay in a private cache: their lines are asked for ahead
+  bool streams;  // x and y would fill a private cache: their lines are asked for ahead
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -89,7 +89,7 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
 
   const int64_t bytes = p.batch * (p.height * p.width * s.c_in + p.out_height * p.out_width * s.c_out) *
                         static_cast<int64_t>(sizeof(typename T::Element));
-  g.streams = !g.phased && bytes > threads * (int64_t{1} << 21);
+  g.streams = !g.phased && bytes > threads * (int64_t{1} << 19);
 
   int64_t at = 0;
   const auto take = [&at](int64_t n) {

@@ -52,7 +52,8 @@ inline Prefetch lines_of(const E* at, const Strides4& strides, int64_t pixels, i
   return p;
 }
 
-inline void fetch(const Tile& t, int64_t tap) {
+// Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the calls.
+TC_INLINE void fetch(const Tile& t, int64_t tap) {
   const char* at = t.read.at + tap * t.read.count * t.read.pitch;
   for (int64_t i = 0; i < t.read.count; ++i, at += t.read.pitch) {
     for (int64_t l = 0; l < t.read.lines; ++l) __builtin_prefetch(at + 64 * l, 0, 2);
