@@ -61,8 +61,14 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   if (g.y_rows) columns_cost += transpose * out;
   g.core_rows = p.stride_w == 1 && rows_cost < columns_cost;
 
-  const int64_t per_block = 28;  // pixels: two full tiles
-  g.block = (per_block + p.out_width - 1) / p.out_width;
+  constexpr int64_t kBlockPixels = 28;  // two full tiles
+  g.block = (kBlockPixels + p.out_width - 1) / p.out_width;
+  // Where y's pixels lie along the vectors, rows enough to fill them.
+  for (int64_t rows = g.block; g.y_rows && rows * p.out_width <= 4 * kBlockPixels; ++rows) {
+    if (rows * p.out_width % kUnit) continue;
+    g.block = rows;
+    break;
+  }
   if (g.block > p.out_height) g.block = p.out_height;
 
   g.z_pitch = round_up(g.z_width, 16) + 16;
