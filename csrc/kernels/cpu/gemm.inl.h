@@ -53,14 +53,10 @@ inline Prefetch lines_of(const E* at, const Strides4& strides, int64_t pixels, i
 }
 
 // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the calls.
-TC_INLINE void fetch(const Tile& t, int64_t tap) {
-  const char* at = t.read.at + tap * t.read.count * t.read.pitch;
-  for (int64_t i = 0; i < t.read.count; ++i, at += t.read.pitch) {
-    for (int64_t l = 0; l < t.read.lines; ++l) __builtin_prefetch(at + 64 * l, 0, 2);
-  }
-  at = t.write.at + tap * t.write.count * t.write.pitch;
-  for (int64_t i = 0; i < t.write.count; ++i, at += t.write.pitch) {
-    for (int64_t l = 0; l < t.write.lines; ++l) __builtin_prefetch(at + 64 * l, 1, 3);
+TC_INLINE void fetch(const Prefetch& p, int64_t tap) {
+  const char* at = p.at + tap * p.count * p.pitch;
+  for (int64_t i = 0; i < p.count; ++i, at += p.pitch) {
+    for (int64_t l = 0; l < p.lines; ++l) __builtin_prefetch(at + 64 * l, 0, 2);  // a block's lines would crowd L1
   }
 }
 
@@ -226,7 +222,10 @@ void multiply_tile(const Tile& t) {
     const char* a0 = t.a + t.a_tap[tap];
     const char* rows[2] = {a0, a0 + kGroup * row + t.a_jump};
     const char* b = t.b + t.b_tap[tap] * t.b_tap_scale;
-    if constexpr (kFetch) fetch(t, tap);
+    if constexpr (kFetch) {
+      fetch(t.read, tap);
+      fetch(t.write, tap);
+    }
     int64_t k = t.k;
     if constexpr (kOrder == AOrder::kAlongK) {
       for (; k >= 4; k -= 4) {
