@@ -15,6 +15,7 @@ namespace tensorcomp::ops {
 //
 // Thread i runs part i of every phase, whose data its cache holds, and then what others have not begun. So it makes no
 // difference how many threads come, or when: one alone runs everything, and nobody waits for a piece that nobody runs.
+// `run` must not throw: others would wait for the piece for ever, so that it ends the process.
 template <class Run>
 void run_phases(int64_t phases, int64_t parts, const Run& run) {
   if (parts == 1) {
@@ -26,7 +27,7 @@ void run_phases(int64_t phases, int64_t parts, const Run& run) {
   };
   std::vector<Line> begun(static_cast<size_t>(parts));  // phases of each part that somebody took
   Line done;                                            // pieces
-  const auto take = [&](int64_t phase, int64_t part) {
+  const auto take = [&](int64_t phase, int64_t part) noexcept {
     int64_t expected = phase;
     if (!begun[static_cast<size_t>(part)].value.compare_exchange_strong(expected, phase + 1)) return;
     run(phase, part);

@@ -35,7 +35,8 @@ class Trained:
 
         Parametrized and pruned ones have left ``_parameters``, so that they never fit.
         """
-        tensors = [*layer._modules["weight"]._parameters.values()]  # type: ignore[union-attr]
+        factors = layer._modules["weight"]._parameters.values()  # type: ignore[union-attr]
+        tensors = [factor for factor in factors if factor is not None]
         parameters = layer._parameters
         if "bias" not in parameters:
             return False

@@ -36,7 +36,6 @@ struct BackwardGeometry {
 };
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 // Whether whole images go through the stages together: where parts would have only a few rows each, and where the
 // weights, and with them every part's sums, would not stay in a private cache.
@@ -141,11 +140,11 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   }
   // Whole images are read as planes: rows must follow each other.
   const bool plane_x = !g.whole || p.x_strides.h == p.width, plane_y = !g.whole || q.grad_y_strides.h == p.out_width;
-  g.gather_x = T::kNarrow || !(p.x_strides.c == 1 || (g.x_rows && plane_x));
+  g.gather_x = (g.need_z || q.grad_factor_in) && (T::kNarrow || !(p.x_strides.c == 1 || (g.x_rows && plane_x)));
   g.gather_y = T::kNarrow || !(q.grad_y_strides.c == 1 || (g.y_rows && plane_y));
-  constexpr int64_t kBlockPixels = 32;
+  constexpr int64_t kLinePixels = 32;
   const auto block = [&g](int64_t height, int64_t width) {
-    const int64_t rows = (kBlockPixels + width - 1) / (width > 0 ? width : 1);
+    const int64_t rows = (kLinePixels + width - 1) / (width > 0 ? width : 1);
     return g.whole || rows > height ? height : rows;
   };
   g.x_block = block(p.height, p.width);
@@ -167,7 +166,7 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   const int64_t v = g.need_v ? g.group * (g.core_rows ? g.v_pitch : g.band * p.out_width) * s.rank_out + 64 : 0;
   int64_t dz = g.need_dz ? g.group * (g.core_rows ? g.dz_pitch : g.in_band * p.width) * s.rank_in + 64 : 0;
   // dV and V on their way between the two forms lie where dZ will, dZ itself beside it.
-  const int64_t on_the_way = g.core_rows ? g.dv_rows * p.out_width * s.rank_out + 64 : 0;
+  const int64_t on_the_way = g.core_rows && (g.need_dv || g.need_v) ? g.dv_rows * p.out_width * s.rank_out + 64 : 0;
   if (dz < on_the_way) dz = on_the_way;
   const int64_t x_rows = g.whole ? p.height : g.z_rows > g.in_band ? g.z_rows : g.in_band;
   const int64_t y_rows = g.whole ? p.out_height : g.dv_rows;
@@ -201,6 +200,7 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   g.shared_words = at;
 
   at = 0;
+  // Four tables of 64-bit offsets for taps (two in columns form) and two for rows.
   g.taps = take(8 * kernel + 4 * g.group * (g.band + g.in_band) + 16);
   const bool flat = g.x_rows || g.y_rows || (q.grad_x && q.grad_x_strides.c != 1);
   g.flat = take(flat ? rank * g.flat_pitch + 64 : 0);
@@ -216,12 +216,12 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
 
 // Packs this part's share of the forms that backward's products read.
 inline void pack_backward(const BottleneckShape& s, const BackwardGeometry& g, const float* core, const float* in,
-                          bool x_columns, int64_t part, float* to) {
+                          bool leaves_in_columns, int64_t part, float* to) {
   using F = Float32;
   const int64_t taps = s.kernel_h * s.kernel_w, a = s.rank_in, b = s.rank_out, n = g.threads;
   if (g.need_v && !g.core_rows) pack_columns<F>(core, taps, 1, a, taps, b, a * taps, to + g.core, part, n);
   // All taps in reverse, as the transposed convolution meets them along a row of dV.
   if (g.need_dz && !g.core_rows)
     pack_columns<F>(core + taps - 1, taps, -1, b, a * taps, a, taps, to + g.core_back, part, n);
-  if (x_columns) pack_columns<F>(in, 1, 0, a, 1, s.c_in, a, to + g.x_columns, part, n);
+  if (leaves_in_columns) pack_columns<F>(in, 1, 0, a, 1, s.c_in, a, to + g.x_columns, part, n);
 }

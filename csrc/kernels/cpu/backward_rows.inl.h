@@ -241,7 +241,7 @@ class RowBands : public BackwardStages<T> {
   // As enter, into lines [rank][pixel] of `pitch` words, for images whose pixels lie together.
   void enter_rows(const ImageRows& x, int64_t rows, int64_t width, int64_t used, int64_t channels, const float* factor,
                   int64_t rank, float* to, int64_t to_row, int64_t pitch, int64_t block) {
-    if (x.row != width * 4) block = 1;
+    if (!x.plane(width)) block = 1;
     float* flat = own_ + g_.flat;
     Product m;
     m.k = channels;
@@ -274,7 +274,7 @@ class RowBands : public BackwardStages<T> {
       accumulate(x, 1, rows, width, channels, columns, width * rank, 0, rank, sum, add, rows_a_, rows_b_);
       return;
     }
-    const bool plane = x.row == width * x.pixel;
+    const bool plane = x.plane(width);
     Product m;
     m.rows = rank;
     m.k = plane ? rows * width : width;

@@ -12,8 +12,7 @@ class BackwardStages {
         g_(g),
         part_(part),
         shared_(static_cast<float*>(q.scratch)),
-        own_(shared_ + g.shared_words + part * g.part_words),
-        activations_(g.whole ? shared_ : own_) {
+        own_(shared_ + g.shared_words + part * g.part_words) {
     const int64_t taps = s_.kernel_h * s_.kernel_w;
     kernel_a_ = reinterpret_cast<int64_t*>(own_ + g_.taps);
     kernel_b_ = kernel_a_ + taps;
@@ -285,7 +284,7 @@ class BackwardStages {
   const BottleneckShape& s_;
   const BackwardGeometry& g_;
   const int64_t part_;
-  float *shared_, *own_, *activations_;
+  float *shared_, *own_;
   const float *factor_in_, *factor_out_, *core_;
   int64_t *kernel_a_, *kernel_b_, *rows_a_, *rows_b_;
 
@@ -296,7 +295,7 @@ class BackwardStages {
   }
 
   void widen(const void* from, int64_t copy, int64_t n) {
-    const int64_t first = n * part_ / g_.threads, last = n * (part_ + 1) / g_.threads;
+    const int64_t first = share(n, 0), last = share(n, 1);
     widen_run<E>(static_cast<const char*>(from) + first * kBytes, 1, 0, last - first, 1, shared_ + copy + first);
   }
 };

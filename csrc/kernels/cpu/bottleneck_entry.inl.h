@@ -45,7 +45,7 @@ struct BottleneckForwardEntry {
 };
 
 // All entry points of one element type. Phases of backward: in bands, (widen,) pack, the rows, the sums; with whole
-// images the steps of each group (, and narrow results).
+// images the steps of each group. bfloat16 adds one: weights to widen before, or sums to round after.
 template <class T, class TBackward = T>
 struct Bottleneck : BottleneckForwardEntry<T> {
   using Forward = BottleneckForwardEntry<T>;

@@ -52,11 +52,12 @@ inline Prefetch lines_of(const E* at, const Strides4& strides, int64_t pixels, i
   return p;
 }
 
+// Lines to be written go to the second cache like those to be read: a block's are too many for the first.
 // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the calls.
 TC_INLINE void fetch(const Prefetch& p, int64_t tap) {
   const char* at = p.at + tap * p.count * p.pitch;
   for (int64_t i = 0; i < p.count; ++i, at += p.pitch) {
-    for (int64_t l = 0; l < p.lines; ++l) __builtin_prefetch(at + 64 * l, 0, 2);  // a block's lines would crowd L1
+    for (int64_t l = 0; l < p.lines; ++l) __builtin_prefetch(at + 64 * l, 0, 2);
   }
 }
 

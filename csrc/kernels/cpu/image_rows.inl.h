@@ -7,6 +7,10 @@ struct ImageRows {
   int64_t image = 0;       // distance of images
   bool rows_form = false;  // pixels lie together
 
+  // Whether rows of `width` pixels follow each other without a gap, as the products step through them: pixels of the
+  // rows form are neighbours whatever stride an image one pixel wide has.
+  bool plane(int64_t width) const { return row == width * (rows_form ? 4 : pixel); }
+
   ImageRows at_image(int64_t n) const {
     ImageRows one = *this;
     one.data += n * image;
@@ -102,7 +106,7 @@ inline void enter(const ImageRows& x, int64_t rows, int64_t width, int64_t used,
     multiply<AOrder::kAlongK, true, FloatDot>(m, part, parts);
     return;
   }
-  if (x.row != width * 4) block = 1;
+  if (!x.plane(width)) block = 1;
   const int64_t first = rank * part / parts;
   m.rows = rank * (part + 1) / parts - first;
   m.a = reinterpret_cast<const char*>(factor + first);
@@ -125,7 +129,7 @@ inline void enter(const ImageRows& x, int64_t rows, int64_t width, int64_t used,
 inline void accumulate(const ImageRows& x, int64_t images, int64_t rows, int64_t width, int64_t channels,
                        const float* from, int64_t from_row, int64_t from_image, int64_t rank, float* sum, bool add,
                        int64_t* row_a, int64_t* row_b, int64_t part = 0, int64_t parts = 1) {
-  if (x.row == width * x.pixel && from_row == width * rank) {
+  if (x.plane(width) && from_row == width * rank) {
     width *= rows;
     rows = 1;
   }
