@@ -163,6 +163,8 @@ def _sharing_refusal(name: str, uses: Uses) -> str | None:
 
 def as_patterns(patterns: str | Iterable[str], argument: str) -> tuple[str, ...]:
     """One pattern or several, as a tuple. TypeError for anything that is not text."""
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"compress: {argument} must be a name pattern or several, got {patterns!r}")
     found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in found:
         if not isinstance(pattern, str):

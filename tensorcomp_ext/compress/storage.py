@@ -7,6 +7,7 @@ name: configuration}, "plans": what `plan.export_choices` says, "aliases": {stat
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -47,7 +48,16 @@ def save(
     Raises:
         ValueError (CheckpointError): state that cannot be stored without pickling, ``meta`` that is no JSON.
         OSError: the folder is missing, not writable or full.
+        TypeError: ``model`` is no module (of what ``compress`` returns, pass ``.model``).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"save: model must be a torch.nn.Module, got {type(model).__name__}"
+            + (" (pass its .model)" if hasattr(model, "model") else "")
+        )
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "save: there is no such folder", folder)
     state = model.state_dict()
     stored, aliases = _deduplicate(state)
     modules = model.named_modules(remove_duplicate=False)

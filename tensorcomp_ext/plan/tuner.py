@@ -64,8 +64,15 @@ def tune(
             25 s.
 
     Raises:
+        TypeError: ``model`` is no module (of what ``compress`` returns, pass ``.model``), or an example is
+            neither tensor, tuple nor dict.
         ValueError: the model has no factorized layer, or the examples reach none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"tune: model must be a torch.nn.Module, got {type(model).__name__}"
+            + (" (pass its .model)" if hasattr(model, "model") else "")
+        )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PlannedLayer)}
     if not layers:
         raise ValueError("tune: the model has no factorized layer")
@@ -129,8 +136,15 @@ def _record(
             for example in example_inputs if isinstance(example_inputs, list) else [example_inputs]:
                 if isinstance(example, Mapping):
                     model(**example)
+                elif isinstance(example, tuple):
+                    model(*example)
+                elif isinstance(example, torch.Tensor):
+                    model(example)
                 else:
-                    model(*example) if isinstance(example, tuple) else model(example)
+                    raise TypeError(
+                        "tune: example_inputs must be a tensor, a tuple of positional arguments, a dict of "
+                        f"keyword arguments, or a list of these, got {type(example).__name__}"
+                    )
     finally:
         for handle in handles:
             handle.remove()

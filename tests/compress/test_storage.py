@@ -281,3 +281,15 @@ def test_a_model_without_memory_is_refused(saved):
     with pytest.raises(CheckpointError, match=r"'stem\.weight' of the model is on the meta device"):
         load(saved[1], empty)
     assert type(empty.stem) is nn.Conv2d
+
+
+def test_save_names_what_it_was_given(tmp_path: Path) -> None:
+    class Result:
+        model = torch.nn.Linear(2, 2)
+
+    with pytest.raises(
+        TypeError, match=r"save: model must be a torch.nn.Module, got Result \(pass its .model\)"
+    ):
+        save(Result(), tmp_path / "x.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"no such folder.*missing"):
+        save(torch.nn.Linear(2, 2), tmp_path / "missing" / "x.safetensors")

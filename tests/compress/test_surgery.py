@@ -354,3 +354,8 @@ def test_the_model_may_be_one_layer():
     assert type(result.model) is FactorizedLinear and type(layer) is nn.Linear
     with pytest.raises(ValueError, match="itself one layer"):
         compress(layer, rank=2, inplace=True)
+
+
+def test_exclude_that_is_no_pattern_is_named() -> None:
+    with pytest.raises(TypeError, match="compress: exclude must be a name pattern or several, got 3"):
+        compress(nn.Sequential(nn.Conv2d(4, 4, 3)), rank=2, exclude=3)  # type: ignore[arg-type]

@@ -250,3 +250,16 @@ def test_layers_called_by_keyword(stopwatch: dict[str, float]) -> None:
             return y
 
     assert [entry.layer for entry in tune(Keyword(), torch.randn(3, 6)).layers] == ["layer"]
+
+
+def test_tune_names_what_it_was_given() -> None:
+    class Result:
+        model = nn.Linear(2, 2)
+
+    with pytest.raises(
+        TypeError, match=r"tune: model must be a torch.nn.Module, got Result \(pass its .model\)"
+    ):
+        tune(Result(), torch.zeros(1))  # type: ignore[arg-type]
+    layer = FactorizedLinear(4, 4, format="svd", rank=2)
+    with pytest.raises(TypeError, match=r"tune: example_inputs must be a tensor, .*, got str"):
+        tune(layer, "hi")
