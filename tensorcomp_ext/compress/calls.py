@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from tensorcomp_ext.compress.latency import call_model, evaluating
+from tensorcomp_ext.compress.latency import evaluating
+from tensorcomp_ext.plan.examples import call_model
 
 
 @dataclass(frozen=True)

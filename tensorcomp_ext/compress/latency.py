@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tensorcomp_ext.plan.examples import call_model
+
 
 class Latency(NamedTuple):
     """Percentiles of the time of one call, in seconds."""
@@ -72,20 +74,6 @@ def interleave(
         name: Latency(percentile(taken, 0.1), percentile(taken, 0.5), percentile(taken, 0.9))
         for name, taken in times.items()
     }
-
-
-def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Call ``model`` with a tensor, a tuple of positional arguments or a dict of keyword arguments."""
-    if isinstance(example_inputs, torch.Tensor):
-        return model(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple):
-        return model(*example_inputs)
-    raise TypeError(
-        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
-        f"got {type(example_inputs).__name__}"
-    )
 
 
 @contextmanager

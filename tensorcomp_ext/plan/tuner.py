@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import get_plan, plans_for
 from .case import Case
+from .examples import call_model
 from .layer import PlannedLayer
 from .tuning import LayerTuning, Timing, TuneResult
 
@@ -134,17 +135,7 @@ def _record(
         model.eval()
         with torch.no_grad():
             for example in example_inputs if isinstance(example_inputs, list) else [example_inputs]:
-                if isinstance(example, Mapping):
-                    model(**example)
-                elif isinstance(example, tuple):
-                    model(*example)
-                elif isinstance(example, torch.Tensor):
-                    model(example)
-                else:
-                    raise TypeError(
-                        "tune: example_inputs must be a tensor, a tuple of positional arguments, a dict of "
-                        f"keyword arguments, or a list of these, got {type(example).__name__}"
-                    )
+                call_model(model, example)
     finally:
         for handle in handles:
             handle.remove()

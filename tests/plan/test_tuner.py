@@ -261,5 +261,5 @@ def test_tune_names_what_it_was_given() -> None:
     ):
         tune(Result(), torch.zeros(1))  # type: ignore[arg-type]
     layer = FactorizedLinear(4, 4, format="svd", rank=2)
-    with pytest.raises(TypeError, match=r"tune: example_inputs must be a tensor, .*, got str"):
+    with pytest.raises(TypeError, match=r"example_inputs must be a tensor, .*, got str"):
         tune(layer, "hi")
