@@ -1,5 +1,5 @@
 // torch.ops.tensorcomp.tucker2_conv2d and its packed form on the CPU: check, allocate, run the kernel's pieces on
-// torch's thread pool.
+// torch's thread pool. allow_tf32 is for other devices: no product is rounded here.
 
 #include <string>
 #include <vector>
@@ -154,10 +154,10 @@ Tensor run_forward(BottleneckConvParams& p, const Tensor& x, const std::optional
 // What the kernels cannot take goes to the oracle that Python registers; a plain C++ process has none.
 Tensor call_reference(const Tensor& x, const Tensor& core, const Tensor& factor_out, const Tensor& factor_in,
                       const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
-                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool allow_tf32) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 8> stack{from(x),    from(core),   from(factor_out), from(factor_in),
-                                    from(bias), from(stride), from(padding),    from(dilation)};
+  std::array<StableIValue, 9> stack{from(x),      from(core),    from(factor_out), from(factor_in), from(bias),
+                                    from(stride), from(padding), from(dilation),   from(allow_tf32)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("tensorcomp::tucker2_conv2d_reference", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -165,9 +165,9 @@ Tensor call_reference(const Tensor& x, const Tensor& core, const Tensor& factor_
 
 Tensor tucker2_conv2d(const Tensor& x, const Tensor& core, const Tensor& factor_out, const Tensor& factor_in,
                       std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                      std::vector<int64_t> dilation) {
+                      std::vector<int64_t> dilation, bool allow_tf32) {
   if (!has_native_dtype(x)) {
-    return call_reference(x, core, factor_out, factor_in, bias, stride, padding, dilation);
+    return call_reference(x, core, factor_out, factor_in, bias, stride, padding, dilation, allow_tf32);
   }
   const BottleneckShape s = checked_shape(core, factor_out, factor_in);
   BottleneckConvParams p = checked_problem(s, x, conv_geometry(stride, padding, dilation));
@@ -231,7 +231,7 @@ Tensor tucker2_conv2d_packed(const Tensor& x, const Tensor& packed, std::optiona
 STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
   m.def(
       "tucker2_conv2d(Tensor x, Tensor core, Tensor factor_out, Tensor factor_in, Tensor? bias=None, "
-      "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor");
+      "int[2] stride=1, int[2] padding=0, int[2] dilation=1, bool allow_tf32=False) -> Tensor");
   m.def("tucker2_conv2d_pack(Tensor core, Tensor factor_out, Tensor factor_in) -> Tensor");
   m.def("tucker2_conv2d_packed(Tensor x, Tensor packed, Tensor? bias, int[] geometry) -> Tensor");
 }

@@ -15,11 +15,12 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients call_reference(const Tensor& grad, const Tensor& x, const Tensor& core, const Tensor& factor_out,
                          const Tensor& factor_in, const std::vector<int64_t>& stride,
-                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t mask) {
+                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t mask,
+                         bool allow_tf32) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  std::array<StableIValue, 9> stack{from(grad),   from(x),       from(core),     from(factor_out), from(factor_in),
-                                    from(stride), from(padding), from(dilation), from(mask)};
+  std::array<StableIValue, 10> stack{from(grad),   from(x),       from(core),     from(factor_out), from(factor_in),
+                                     from(stride), from(padding), from(dilation), from(mask),       from(allow_tf32)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("tensorcomp::tucker2_conv2d_backward_reference", "", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3]), to<Tensor>(stack[4])};
@@ -30,9 +31,9 @@ Tensor zeroed(Tensor t) { return torch::stable::zero_(t); }
 // Gradients of x, core, factor_out, factor_in and bias; those whose bit is not in `mask` are empty.
 Gradients tucker2_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& core, const Tensor& factor_out,
                                   const Tensor& factor_in, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                  std::vector<int64_t> dilation, int64_t mask) {
+                                  std::vector<int64_t> dilation, int64_t mask, bool allow_tf32) {
   if (!has_native_dtype(x)) {
-    return call_reference(grad, x, core, factor_out, factor_in, stride, padding, dilation, mask);
+    return call_reference(grad, x, core, factor_out, factor_in, stride, padding, dilation, mask, allow_tf32);
   }
   const BottleneckShape s = checked_shape(core, factor_out, factor_in);
   BottleneckBackwardParams q;
@@ -55,7 +56,7 @@ Gradients tucker2_conv2d_backward(const Tensor& grad, const Tensor& x, const Ten
   Tensor grad_bias = wanted(4) ? empty_cpu<1>({s.c_out}, {1}, torch_dtype(s.dtype)) : empty();
   if (x.numel() == 0 && grad.numel() != 0) {
     // Only borders were multiplied: nothing but the bias has a gradient to sum.
-    return call_reference(grad, x, core, factor_out, factor_in, stride, padding, dilation, mask);
+    return call_reference(grad, x, core, factor_out, factor_in, stride, padding, dilation, mask, allow_tf32);
   }
   if (grad.numel() == 0) {
     return {zeroed(grad_x), zeroed(grad_core), zeroed(grad_out), zeroed(grad_in), zeroed(grad_bias)};
@@ -91,7 +92,8 @@ Gradients tucker2_conv2d_backward(const Tensor& grad, const Tensor& x, const Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
   m.def(
       "tucker2_conv2d_backward(Tensor grad, Tensor x, Tensor core, Tensor factor_out, Tensor factor_in, "
-      "int[2] stride, int[2] padding, int[2] dilation, int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[2] stride, int[2] padding, int[2] dilation, int output_mask, bool allow_tf32=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensorcomp, CPU, m) {

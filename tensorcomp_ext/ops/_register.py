@@ -34,6 +34,11 @@ def register_default(name: str, kernel: Callable[..., Any], fake: Callable[..., 
         torch.library.register_fake(f"tensorcomp::{name}", fake, lib=_LIBRARY)
 
 
+def register_composite(name: str, kernel: Callable[..., Any]) -> None:
+    """Register an op that is made of others: what differentiates, maps or traces it sees those."""
+    _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+
+
 def register_autograd(name: str, kernel: Callable[..., Any]) -> None:
     """Register what the dispatcher calls for tensors of autograd, on every device."""
     _LIBRARY.impl(name, kernel, "Autograd")
@@ -64,19 +69,25 @@ def refuse_transforms(name: str, instead: str) -> None:
     register_autograd(name, kernel)
 
 
+def _lowered(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_lowered(v, dtype) for v in value]
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value
+
+
 def register_autocast(name: str, tensors: int) -> None:
-    """Under autocast, cast the first ``tensors`` arguments to the autocast dtype, as convolutions are."""
+    """Under autocast, cast the first ``tensors`` arguments to the autocast dtype, as convolutions are.
+
+    An argument may be a list of tensors.
+    """
     op = getattr(torch.ops.tensorcomp, name).default
     for device, key in _AUTOCAST_KEYS.items():
 
         def cast(*args: Any, _device: str = device, _key: str = key) -> Any:
             dtype = torch.get_autocast_dtype(_device)
-            low = [
-                a.to(dtype)
-                if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
-                else a
-                for a in args[:tensors]
-            ]
+            low = [_lowered(a, dtype) for a in args[:tensors]]
             with torch._C._ExcludeDispatchKeyGuard(
                 torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
             ):

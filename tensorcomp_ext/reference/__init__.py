@@ -4,7 +4,18 @@ They serve where there is no native build and they are what the tests compare wi
 work in any floating dtype (float64 included) on any device, and are differentiable twice.
 """
 
+from .bottleneck_conv import bottleneck_conv2d
+from .cp_conv import cp_conv2d
+from .tr_conv import tr_conv2d
 from .tucker2_conv import tucker2_conv2d
 from .tucker2_core_pack import tucker2_core_pack
+from .two_factor_linear import two_factor_linear
 
-__all__ = ["tucker2_conv2d", "tucker2_core_pack"]
+__all__ = [
+    "bottleneck_conv2d",
+    "cp_conv2d",
+    "tr_conv2d",
+    "tucker2_conv2d",
+    "tucker2_core_pack",
+    "two_factor_linear",
+]

@@ -1,0 +1,40 @@
+"""Gradients by differentiating an oracle, where a backward op's own results are not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def mask_bits(output_mask: int, count: int) -> list[bool]:
+    """Which of a backward op's ``count`` gradients are wanted, the lowest bit first."""
+    return [bool(output_mask >> bit & 1) for bit in range(count)]
+
+
+def oracle_gradients(
+    oracle: Callable[..., Tensor],
+    grad: Tensor,
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    create_graph: bool,
+    bias_dims: Sequence[int],
+) -> list[Tensor | None]:
+    """Gradients of ``tensors`` and, behind them, of a bias added to ``oracle(*tensors)``.
+
+    Args:
+        wanted: which gradients to find, the bias's last; the others are None.
+        create_graph: whether the gradients can be differentiated.
+        bias_dims: the dimensions of ``grad`` along which the bias was repeated.
+    """
+    count = len(tensors)
+    with torch.enable_grad():
+        if not create_graph:
+            tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=False)]
+        y = oracle(*tensors)
+        sources = [t for t, w in zip(tensors, wanted, strict=False) if w]
+        found = iter(torch.autograd.grad(y, sources, grad, create_graph=create_graph) if sources else ())
+    gradients: list[Tensor | None] = [next(found) if w else None for w in wanted[:count]]
+    gradients.append(grad.sum(list(bias_dims)) if wanted[count] else None)
+    return gradients
