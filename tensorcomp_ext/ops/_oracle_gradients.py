@@ -6,6 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _ForceDispatchKeyGuard
+
+_included = torch._C._dispatch_tls_local_include_set
+_excluded = torch._C._dispatch_tls_local_exclude_set
+_AUTOGRAD_KEYS = (
+    DispatchKeySet(DispatchKey.AutogradFunctionality)
+    | DispatchKeySet(DispatchKey.AutogradOther)
+    | DispatchKeySet(DispatchKey.AutogradNestedTensor)
+)
 
 
 def mask_bits(output_mask: int, count: int) -> list[bool]:
@@ -30,11 +39,27 @@ def oracle_gradients(
     """
     count = len(tensors)
     with torch.enable_grad():
-        if not create_graph:
-            tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=False)]
-        y = oracle(*tensors)
-        sources = [t for t, w in zip(tensors, wanted, strict=False) if w]
-        found = iter(torch.autograd.grad(y, sources, grad, create_graph=create_graph) if sources else ())
-    gradients: list[Tensor | None] = [next(found) if w else None for w in wanted[:count]]
+        if create_graph:
+            found = _derivatives(oracle, grad, tensors, wanted, create_graph=True)
+        else:
+            # The op's own kernel is called below autograd; what is differentiated here must be above it.
+            with _ForceDispatchKeyGuard(_included(), _excluded() - _AUTOGRAD_KEYS):
+                leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=False)]
+                found = _derivatives(oracle, grad, leaves, wanted, create_graph=False)
+    derivatives = iter(found)
+    gradients: list[Tensor | None] = [next(derivatives) if w else None for w in wanted[:count]]
     gradients.append(grad.sum(list(bias_dims)) if wanted[count] else None)
     return gradients
+
+
+def _derivatives(
+    oracle: Callable[..., Tensor],
+    grad: Tensor,
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    create_graph: bool,
+) -> Sequence[Tensor]:
+    sources = [t for t, w in zip(tensors, wanted, strict=False) if w]
+    if not sources:
+        return ()
+    return torch.autograd.grad(oracle(*tensors), sources, grad, create_graph=create_graph)
