@@ -4,9 +4,11 @@ from .cases import Case, case_from_dict, development_cases, quick_cases, read_ca
 from .roofline import Probe
 from .row import measure_row
 from .suite import Settings, read_results, run_suite
+from .suites import SUITES, suite_cases
 from .timing import Effort, Timing, interleave
 
 __all__ = [
+    "SUITES",
     "Case",
     "Effort",
     "Probe",
@@ -20,4 +22,5 @@ __all__ = [
     "read_cases",
     "read_results",
     "run_suite",
+    "suite_cases",
 ]

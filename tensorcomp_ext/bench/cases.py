@@ -4,7 +4,7 @@ on."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ import torch
 
 from ..ops.tucker2_conv import Geometry, resolve_geometry
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "tf32": torch.float32,
+}
+"""By the names that results carry; "tf32" is float32 whose products torch may round to TF32 (CUDA only)."""
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 _SIZES = ("N", "S", "T", "H", "W", "r_in", "r_out")
@@ -172,8 +178,8 @@ def _same_padding(k: Window, dilation: Window) -> Window:
     return pads[0] if pads[0] == pads[1] else pads
 
 
-def read_cases(path: Path) -> list[Case]:
-    """Read a JSON list of cases.
+def read_cases(path: Path, read: Callable[[Mapping[str, Any], str], Any] = case_from_dict) -> list[Any]:
+    """Read a JSON list of cases, each by ``read`` (a Tucker-2 convolution, unless another suite's is given).
 
     Raises:
         ValueError: not JSON, not a list, empty, or a bad case (named by its position from 1).
@@ -185,7 +191,7 @@ def read_cases(path: Path) -> list[Case]:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: expected a non-empty JSON list of cases")
-    return [case_from_dict(row, f"{path}: case {index}") for index, row in enumerate(rows, 1)]
+    return [read(row, f"{path}: case {index}") for index, row in enumerate(rows, 1)]
 
 
 def expand(cases: Iterable[Case], dtypes: Sequence[str], layouts: Sequence[str]) -> list[Case]:

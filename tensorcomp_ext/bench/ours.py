@@ -25,8 +25,12 @@ def our_candidates(problem: Problem) -> list[Candidate]:
     return [_layer(problem), _op(problem)]
 
 
-def build_layer(problem: Problem) -> FactorizedConv2d:
-    """A ``FactorizedConv2d`` holding the problem's factors, on the fused plan where there is native code."""
+def build_layer(problem: Problem, plan: str | None = "") -> FactorizedConv2d:
+    """A ``FactorizedConv2d`` holding the problem's factors.
+
+    Args:
+        plan: what the layer is held to; None lets it choose, "" is :func:`layer_plan`.
+    """
     case = problem.case
     # Weights born under inference mode have no version and would be packed again at every call.
     with torch.inference_mode(False):
@@ -40,6 +44,7 @@ def build_layer(problem: Problem) -> FactorizedConv2d:
             bias=True,
             format="tucker2",
             rank=(case.r_out, case.r_in),
+            device=problem.device,
             dtype=problem.core.dtype,
         )
         names = ("weight.core", "weight.factor_out", "weight.factor_in", "bias")
@@ -47,16 +52,21 @@ def build_layer(problem: Problem) -> FactorizedConv2d:
         with torch.no_grad():
             for name, value in zip(names, problem.weights(), strict=True):
                 parameters[name].copy_(value)
-    layer.plan = layer_plan()
+    layer.plan = layer_plan() if plan == "" else plan
     layer.train(problem.training)
     layer.requires_grad_(problem.training)
     return layer
 
 
 def _layer(problem: Problem) -> Candidate:
-    layer, x = build_layer(problem), problem.x(problem.layout)
+    return layer_candidate(LAYER, build_layer(problem), problem)
+
+
+def layer_candidate(name: str, layer: FactorizedConv2d, problem: Problem) -> Candidate:
+    """A layer as :func:`build_layer` makes it, called on the problem's input in the given layout."""
+    x = problem.x(problem.layout)
     if not problem.training:
-        return Candidate(LAYER, "ours", problem.layout, lambda: (layer(x),))
+        return Candidate(name, "ours", problem.layout, lambda: (layer(x),))
     parameters = dict(layer.named_parameters())
     wanted = [
         x,
@@ -64,7 +74,7 @@ def _layer(problem: Problem) -> Candidate:
         parameters["bias"],
     ]
     call = step(lambda: layer(x), wanted, problem.grad(problem.layout))
-    return Candidate(LAYER, "ours", problem.layout, call)
+    return Candidate(name, "ours", problem.layout, call)
 
 
 def _op(problem: Problem) -> Candidate:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from .cases import DTYPES, Case
+from .cases import DTYPES
 
 _PROBE_S = 0.1
 _REPEATS = 5
@@ -60,7 +60,18 @@ class Roofline:
         }
 
 
-def work(case: Case, direction: str) -> tuple[int, int]:
+class Sized(Protocol):
+    """What :func:`work` counts: a problem of factors, such as :class:`Case`."""
+
+    @property
+    def dtype(self) -> str | None: ...
+
+    def macs(self) -> int: ...
+
+    def elements(self) -> tuple[int, int, int]: ...
+
+
+def work(case: Sized, direction: str) -> tuple[int, int]:
     """FLOPs and bytes that no algorithm working on the factors can avoid.
 
     Forward: 2 FLOPs a MAC; reads input and weights, writes the output. A training step: each of the three
@@ -108,19 +119,19 @@ class Probe:
             self._bandwidths[key] = self._measure_bandwidth(size, threads)
         return self._bandwidths[key]
 
-    def roofline(self, case: Case, direction: str, threads: int) -> Roofline:
+    def roofline(self, case: Sized, direction: str, threads: int) -> Roofline:
         """The bound for one row; the bandwidth is that of a working set like the case's input and output."""
         flops, moved = work(case, direction)
         inputs, outputs, _ = case.elements()
         working_set = (inputs + outputs) * DTYPES[case.dtype or "float32"].itemsize
         if direction != "forward":
             working_set *= 2
+        return self.bound(flops, moved, working_set, case.dtype or "float32", threads)
+
+    def bound(self, flops: int, moved: int, working_set: int, dtype: str, threads: int) -> Roofline:
+        """The bound for so many FLOPs and bytes, at the rates of ``dtype`` and of such a working set."""
         return Roofline(
-            flops,
-            moved,
-            working_set,
-            self.peak(case.dtype or "float32", threads),
-            self.bandwidth(working_set, threads),
+            flops, moved, working_set, self.peak(dtype, threads), self.bandwidth(working_set, threads)
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _memory(problem: Problem) -> dict[str, Any]:
     return peaks | {"ratio": peaks["ours_bytes"] / peaks["stages_bytes"]}
 
 
-def conclusions(row: dict[str, Any], medians: dict[str, float]) -> dict[str, Any]:
+def conclusions(row: dict[str, Any], medians: dict[str, float], headline: str = LAYER) -> dict[str, Any]:
     """The ratios of a row from its medians.
 
     ``over_stages``: best library stages / ours. ``over_any``: best of every library way, the dense ones
@@ -104,9 +104,9 @@ def conclusions(row: dict[str, Any], medians: dict[str, float]) -> dict[str, Any
     """
     groups = {c["name"]: c["group"] for c in row["candidates"]}
     errors = {c["name"]: c["error"] for c in row["candidates"]}
-    if LAYER not in medians:
-        return {"error": f"{LAYER}: {errors.get(LAYER, 'not measured')}"}
-    ours = medians[LAYER]
+    if headline not in medians:
+        return {"error": f"{headline}: {errors.get(headline, 'not measured')}"}
+    ours = medians[headline]
 
     def best(*wanted: str) -> str | None:
         names = [name for name in medians if groups[name] in wanted]

@@ -5,23 +5,32 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .candidates import COMPILED
-from .cases import DTYPES, LAYOUTS, Case, development_cases, expand
+from .cases import LAYOUTS, development_cases
+from .cuda_machine import gpu
+from .device_summary import device_summary, network_summary
+from .devices import DEVICES, Device, get_device
 from .machine import isa, machine, versions
 from .ours import layer_plan
 from .overhead import layer_overhead
 from .roofline import Probe
 from .row import DIRECTIONS, measure_row
+from .suites import SUITES, AnyCase
 from .summary import summarise_rows
 from .timing import Effort
 
 FORMAT = 1
-SUITES = ("tucker2",)
+CUDA_EFFORT = Effort(budget_s=0.3)
+"""Samples on CUDA are single calls: a row needs less time for as many."""
+
 QUICK = Effort(budget_s=0.1, min_rounds=5, max_rounds=15, warmup_s=0.005)
 
 COMPILED_TEXT = {
@@ -36,7 +45,7 @@ class Settings:
     """What to run. Raises ValueError for a name that is none of the known ones."""
 
     suite: str = "tucker2"
-    cases: Sequence[Case] = field(default_factory=development_cases)
+    cases: Sequence[AnyCase] = field(default_factory=development_cases)
     dtypes: Sequence[str] = ("float32",)
     layouts: Sequence[str] = ("nchw", "nhwc")
     directions: Sequence[str] = DIRECTIONS
@@ -45,14 +54,15 @@ class Settings:
     compiled: str = "always"
     effort: Effort = field(default_factory=Effort)
     overhead: bool = True
+    limit_s: float | None = None
+    """Seconds after which no further row is begun; None: all rows."""
 
     def __post_init__(self) -> None:
         named: list[tuple[str, Sequence[str], Sequence[str]]] = [
-            ("suite", [self.suite], SUITES),
-            ("dtype", self.dtypes, tuple(DTYPES)),
+            ("suite", [self.suite], tuple(SUITES)),
+            ("device", [self.device], tuple(DEVICES)),
             ("layout", self.layouts, tuple(LAYOUTS)),
             ("direction", self.directions, DIRECTIONS),
-            ("device", [self.device], ("cpu",)),
             ("compiled", [self.compiled], COMPILED),
         ]
         for name, values, known in named:
@@ -61,13 +71,28 @@ class Settings:
                 raise ValueError(
                     f"{name} must be of {', '.join(known)}, got {wrong[0] if wrong else 'none'!r}"
                 )
+        known = DEVICES[self.device].dtypes
+        wrong = [dtype for dtype in self.dtypes if dtype not in known]
+        if wrong or not self.dtypes:
+            raise ValueError(f"dtype must be of {', '.join(known)}, got {wrong[0] if wrong else 'none'!r}")
+        for case in self.cases:
+            if case.dtype is not None and case.dtype not in known:
+                raise ValueError(
+                    f"case {case.label()}: dtype must be of {', '.join(known)}, got {case.dtype!r}"
+                )
+        get_device(self.device)
         cores = os.cpu_count() or 1
         if not self.threads or min(self.threads) < 1 or max(self.threads) > cores:
             raise ValueError(f"threads must be 1 to {cores} (the cores here), got {list(self.threads)}")
 
-    def rows(self) -> list[tuple[Case, str, int]]:
+    @property
+    def plain(self) -> bool:
+        """Whether rows are those of the Tucker-2 suite on the CPU, with one way of ours as their headline."""
+        return self.suite == "tucker2" and self.device == "cpu"
+
+    def rows(self) -> list[tuple[AnyCase, str, int]]:
         """Case, direction and threads of every row; the smallest groups together, threads outermost."""
-        cases = expand(self.cases, self.dtypes, self.layouts)
+        cases = SUITES[self.suite].expand(self.cases, self.dtypes, self.layouts)
         return [(case, d, t) for t in self.threads for d in self.directions for case in cases]
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +105,7 @@ class Settings:
             "compiled": self.compiled,
             "compiled_means": COMPILED_TEXT[self.compiled],
             "effort": self.effort.to_dict(),
-        }
+        } | ({} if self.limit_s is None else {"limit_s": self.limit_s})
 
 
 Report = Callable[[int, int, dict[str, Any]], None]
@@ -94,10 +119,12 @@ def run_suite(
 
     ``start`` hears of a row before it is measured (index from 0, count, label), ``report`` afterwards.
     Interrupted with Ctrl-C, the rows so far are summarised, marked ``"complete": false``, written, and the
-    interrupt goes on.
+    interrupt goes on. A run that reaches its limit is not complete either.
     """
     rows = settings.rows()
-    probe = Probe()
+    device = get_device(settings.device)
+    probe = device.probe()
+    begin = time.perf_counter()
     results: dict[str, Any] = {
         "format": FORMAT,
         "suite": settings.suite,
@@ -111,29 +138,32 @@ def run_suite(
         "settings": settings.to_dict(),
         "rows": [],
     }
+    if settings.device == "cuda":
+        results["gpu"] = gpu()
 
     def keep() -> None:
         results["rates"] = probe.to_dict()
-        results["summary"] = summarise_rows(results["rows"])
+        results["summary"] = summary_of(settings, results["rows"])
         if path is not None:
             write_json(path, results)
 
     keep()  # a folder that cannot be written shows now, not after the first row
     try:
-        if settings.overhead:
+        if settings.overhead and settings.plain:
             effort = settings.effort
             results["overhead"] = [row for t in settings.threads for row in layer_overhead(t, effort)]
         for index, (case, direction, threads) in enumerate(rows):
+            if settings.limit_s is not None and time.perf_counter() - begin > settings.limit_s:
+                results["rows_left_out"] = len(rows) - index
+                return results
             if start:
                 start(index, len(rows), f"{case.dtype} {case.layout} {direction} {case.label()}")
-            row = measure_row(
-                case, direction, threads, compiled=settings.compiled, effort=settings.effort, probe=probe
-            )
+            row = _measure(settings, case, direction, threads, device, probe)
             results["rows"].append(row)
             keep()
             if report:
                 report(index + 1, len(rows), row)
-        results["rates_at_end"] = _again(settings)
+        results["rates_at_end"] = _again(settings, device.probe())
         results["complete"] = True
     finally:
         results["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -141,9 +171,33 @@ def run_suite(
     return results
 
 
-def _again(settings: Settings) -> dict[str, Any]:
+def _measure(
+    settings: Settings, case: Any, direction: str, threads: int, device: Device, probe: Probe
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"compiled": settings.compiled, "effort": settings.effort, "probe": probe}
+    if settings.plain:
+        return measure_row(case, direction, threads, **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return SUITES[settings.suite].measure(case, direction, threads, device=device, **options)
+    finally:
+        torch.set_num_threads(before)
+        torch.compiler.reset()
+
+
+def summary_of(settings: Settings, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows of a suite come to."""
+    if settings.suite == "network":
+        return {"groups": [], "bfloat16": [], "network": network_summary(rows)}
+    found = summarise_rows(rows)
+    return found if settings.plain else found | {"device": device_summary(rows)}
+
+
+def _again(settings: Settings, probe: Probe) -> dict[str, Any]:
     """The peaks measured once more, to show whether the clock moved during the run."""
-    probe = Probe()
+    if settings.suite == "network":
+        return probe.to_dict()  # networks have no roofline
     for dtype in sorted({case.dtype or "float32" for case, _, _ in settings.rows()}):
         for threads in settings.threads:
             probe.peak(dtype, threads)

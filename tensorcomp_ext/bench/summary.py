@@ -9,7 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 
 _RATIOS = ("over_stages", "over_any", "roofline_share", "saved")
-_CASE_KEYS = ("N", "S", "T", "H", "W", "k", "stride", "padding", "dilation", "r_in", "r_out")
+_OF_THE_GROUP = ("dtype", "layout")
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -25,7 +25,10 @@ def _group(row: Row) -> tuple[str, str, int, str]:
 def row_key(row: Row) -> tuple[Any, ...]:
     """What two rows must share to be the same measurement."""
     case = row["case"]
-    return (*_group(row), *(str(case[key]).replace("[", "(").replace("]", ")") for key in _CASE_KEYS))
+    sizes = (
+        f"{k}={case[k]}".replace("[", "(").replace("]", ")") for k in sorted(case) if k not in _OF_THE_GROUP
+    )
+    return (*_group(row), *sizes)
 
 
 def summarise_rows(rows: Sequence[Row]) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
     figures: dict[str, Any] = {"cases": len(rows), "failed": [row["label"] for row in rows if row["error"]]}
     for name in _RATIOS:
         figures[name] = _spread([(row[name], row["label"]) for row in good if row[name] is not None])
-    memory = [(row["memory"]["ratio"], row["label"]) for row in good if "memory" in row]
+    memory = [(row["memory"]["ratio"], row["label"]) for row in good if row.get("memory")]
     if memory:
         worst, label = max(memory)
         figures["memory"] = {"max": worst, "max_case": label}
@@ -84,11 +87,11 @@ def _bfloat16(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Rows of two runs side by side: our time before / now (above 1 is faster now), and the same for the best
     library stages, which shows how much of it is the machine."""
-    before = {row_key(row): row for row in old["rows"] if row["error"] is None}
+    before = {row_key(row): row for row in old["rows"] if "ours_us" in row}
     rows = []
     for row in new["rows"]:
         past = before.get(row_key(row))
-        if past is None or row["error"] is not None:
+        if past is None or "ours_us" not in row:
             continue
         dtype, direction, threads, layout = _group(row)
         rows.append(
@@ -110,5 +113,5 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stages_us(row: Row) -> float:
-    ratio = row["over_stages"]
+    ratio = row.get("over_stages")
     return float("nan") if ratio is None else ratio * row["ours_us"]

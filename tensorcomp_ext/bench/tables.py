@@ -18,13 +18,16 @@ def time_us(value: float) -> str:
 
 
 def row_line(row: dict[str, Any]) -> str:
-    """One measured row on one line."""
+    """One measured row on one line, of any suite."""
+    if "network" in row["case"]:
+        return _network_line(row)
     case = row["case"]
     head = f"{case['dtype']} {case['layout']} {row['direction']} t{row['threads']} {row['label']}"
     if row["error"]:
         return f"{head}: FAILED {row['error']}"
-    ours = next(c for c in row["candidates"] if c["name"] == "ours layer")
-    parts = [f"ours {time_us(ours['median_us'])} us ({time_us(ours['p10_us'])}–{time_us(ours['p90_us'])})"]
+    ours = next(c for c in row["candidates"] if c["name"] == row.get("headline", "ours layer"))
+    name = f"{row['headline']} ({ours.get('plan') or 'as named'})" if "headline" in row else "ours"
+    parts = [f"{name} {time_us(ours['median_us'])} us ({time_us(ours['p10_us'])}–{time_us(ours['p90_us'])})"]
     for key, ratio in (("best_stages", "over_stages"), ("best_dense", None)):
         if row[key]:
             found = next(c for c in row["candidates"] if c["name"] == row[key])
@@ -34,12 +37,31 @@ def row_line(row: dict[str, Any]) -> str:
     parts.append(f"roofline {time_us(roof['time_us'])} us ({roof['bound']}) {number(row['roofline_share'])}")
     if row["saved"] is not None:
         parts.append(f"saved/MACs {number(row['saved'])}")
-    if "memory" in row:
+    for other, found in row.get("ours", {}).items():
+        if other != row["headline"]:
+            parts.append(f"{other} {time_us(found['median_us'])} us {number(found['over_stages'])}x")
+    if row.get("memory"):
         parts.append(f"memory {number(row['memory']['ratio'])}x")
     wrong = [c["name"] for c in row["candidates"] if c["error"]]
     if wrong:
         parts.append(f"left out: {', '.join(wrong)}")
     return f"{head}: " + "; ".join(parts)
+
+
+def _network_line(row: dict[str, Any]) -> str:
+    head = f"{row['case']['dtype']} {row['direction']} {row['label']}"
+    if "not_measurable" in row:
+        return f"{head}: not measurable: {row['not_measurable']}"
+    if row["error"]:
+        return f"{head}: FAILED {row['error']}"
+    parts = [
+        f"{c['name']} {time_us(c['median_us'])} us" if "median_us" in c else f"{c['name']}: {c['error']}"
+        for c in row["candidates"]
+    ]
+    ratios = ", ".join(f"{number(ratio)}x {mode}" for mode, ratio in row["over_dense"].items())
+    plans = next((c["plan"] for c in row["candidates"] if c.get("plan")), "")
+    slower = "" if row["never_slower"] else " SLOWER THAN DENSE"
+    return f"{head}: {'; '.join(parts)}; over dense {ratios} ({plans}){slower}"
 
 
 def summary_table(results: dict[str, Any], *, cases: bool = True) -> Table:
@@ -115,7 +137,7 @@ def rows_table(results: dict[str, Any], dtype: str, direction: str, threads: int
             body.append([row["label"], f"failed: {row['error']}", *["–"] * (len(head) - 2)])
             continue
         by_name = {c["name"]: c for c in row["candidates"]}
-        ours = by_name["ours layer"]
+        ours = by_name[row.get("headline", "ours layer")]
         stages, dense = by_name.get(row["best_stages"]), by_name.get(row["best_dense"])
         body.append(
             [

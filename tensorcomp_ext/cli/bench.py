@@ -10,15 +10,15 @@ import typer
 from rich.table import Table as RichTable
 
 from tensorcomp_ext.bench import (
+    SUITES,
     Effort,
     Settings,
-    development_cases,
-    quick_cases,
-    read_cases,
     read_results,
     run_suite,
+    suite_cases,
 )
-from tensorcomp_ext.bench.suite import COMPILED_TEXT, QUICK
+from tensorcomp_ext.bench.device_summary import device_table, network_table, never_slower_line
+from tensorcomp_ext.bench.suite import COMPILED_TEXT, CUDA_EFFORT, QUICK
 from tensorcomp_ext.bench.summary import compare
 from tensorcomp_ext.bench.tables import (
     Table,
@@ -34,28 +34,34 @@ _STDOUT = Path("-")
 
 
 def bench(
-    suite: Annotated[str, typer.Option(help="What to measure: tucker2.")] = "tucker2",
+    suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")] = "tucker2",
     cases: Annotated[
         Path | None,
         typer.Option(
-            help="JSON list of objects with N,S,T,H,W,k,stride,padding,dilation,r_in,r_out,layout,dtype; "
-            "S and H are required. Without it, the development cases."
+            help="JSON list of objects. "
+            + " ".join(f"{name}: {suite.keys}." for name, suite in SUITES.items())
+            + " Without it, the development cases."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or both with a comma.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of float32, bfloat16, float16 and, on CUDA, tf32; several with commas.")
+    ] = "float32",
     layout: Annotated[str, typer.Option(help="nchw (contiguous), nhwc (channels-last).")] = "nchw,nhwc",
     direction: Annotated[
         str, typer.Option(help="forward; backward = a training step, forward included.")
     ] = "forward,backward",
-    threads: Annotated[str, typer.Option(help="Thread counts, such as 1,2.")] = "1,2",
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    threads: Annotated[
+        str, typer.Option(help="Thread counts, such as 1,2. By default 1,2; with --device cuda 1.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compiled: Annotated[
         str,
         typer.Option(help="torch.compile'd baselines: always, best (in the layout fastest eager), never."),
     ] = "",
     seconds: Annotated[float | None, typer.Option(help="Time to spend on each row's samples.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds after which no further row is begun.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Three small cases, few samples: does it run?")
+        bool, typer.Option("--quick", help="A few small cases, few samples: does it run?")
     ] = False,
     against: Annotated[
         Path | None, typer.Option("--compare", help="Results of an earlier run: print what changed.")
@@ -67,21 +73,21 @@ def bench(
     """Measure our ops and layers against the best torch can do, interleaved, and against the machine's
     roofline."""
     screen = Screen(as_json == _STDOUT)
-    standard = quick_cases() if quick else development_cases()
-    effort = QUICK if quick else Effort()
+    effort = QUICK if quick else CUDA_EFFORT if device == "cuda" else Effort()
     if seconds is not None:
         effort = Effort(budget_s=seconds)
     earlier = read_results(against) if against else None
     settings = Settings(
         suite=suite,
-        cases=standard if cases is None else read_cases(cases),
+        cases=suite_cases(suite, device, quick=quick, path=cases),
         dtypes=_words(dtype),
         layouts=_words(layout),
         directions=_words(direction),
-        threads=_numbers(threads),
+        threads=_numbers(threads or ("1" if device == "cuda" else "1,2")),
         device=device,
         compiled=compiled or ("never" if quick else "always"),
         effort=effort,
+        limit_s=limit,
     )
     results = _run(settings, None if as_json == _STDOUT else as_json, screen)
     _show(results, screen)
@@ -114,7 +120,16 @@ def _show(results: dict[str, Any], screen: Screen) -> None:
     for rate in results["rates"]["peak_flops"]:
         how = f"{rate['dtype']}, {rate['threads']} threads: {rate['value'] / 1e9:.0f} GFLOP/s ({rate['how']})"
         screen.say(f"peak {how}")
-    screen.show(_rich(summary_table(results, cases=False), "Geometric means"))
+    if "gpu" in results:
+        gpu = results["gpu"]
+        screen.say(f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}")
+    if results["summary"]["groups"]:
+        screen.show(_rich(summary_table(results, cases=False), "Geometric means"))
+    if results["summary"].get("device"):
+        screen.show(_rich(device_table(results), "Large rows; least in brackets"))
+    if "network" in results["summary"]:
+        screen.show(_rich(network_table(results), "Networks"))
+        screen.say(never_slower_line(results))
     if results["summary"]["bfloat16"]:
         screen.show(_rich(bfloat16_table(results), "bfloat16"))
     if results.get("overhead"):

@@ -86,10 +86,12 @@ def test_write_is_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"suite": "chain"}, "suite must be of tucker2"),
+        ({"suite": "chain"}, "suite must be of tucker2, pair, network"),
         ({"dtypes": ["float64"]}, "dtype must be of"),
         ({"directions": []}, "direction must be of"),
-        ({"device": "cuda"}, "device must be of cpu"),
+        ({"device": "tpu"}, "device must be of cpu, cuda"),
+        ({"dtypes": ["tf32"]}, "dtype must be of float32, bfloat16, float16, got"),
+        ({"cases": [case_from_dict({"S": 4, "H": 4, "dtype": "tf32"})]}, "dtype must be of"),
         ({"compiled": "maybe"}, "compiled must be of"),
         ({"threads": [0]}, "threads must be 1 to"),
         ({"threads": [100_000]}, "threads must be 1 to"),

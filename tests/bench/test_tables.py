@@ -56,7 +56,7 @@ def test_command_writes_json_to_stdout_and_compares(results):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--dtype", "int8"], "dtype must be of float32, bfloat16, got 'int8'"),
+        (["--dtype", "int8"], "dtype must be of float32, bfloat16, float16, got 'int8'"),
         (["--suite", "nothing"], "suite must be of tucker2"),
         (["--cases", "missing.json"], "missing.json"),
         (["--compare", "missing.json"], "missing.json"),

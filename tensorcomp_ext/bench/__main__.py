@@ -1,0 +1,75 @@
+"""``python -m tensorcomp_ext.bench``: a suite without the packages that the command line needs.
+
+For machines that have torch and little else, GPU machines above all; ``tensorcomp bench`` has more options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .device_summary import device_table, network_table, never_slower_line
+from .suite import CUDA_EFFORT, QUICK, Settings, run_suite
+from .suites import SUITES, suite_cases
+from .tables import markdown, row_line, summary_table
+from .timing import Effort
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a suite; 1 where a row failed, 2 where the arguments do not fit."""
+    parser = argparse.ArgumentParser(prog="python -m tensorcomp_ext.bench", description=__doc__)
+    parser.add_argument("--suite", default="tucker2", choices=tuple(SUITES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cases", type=Path, help="JSON list of cases")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--layout", default="nchw,nhwc")
+    parser.add_argument("--direction", default="forward,backward")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", default="never")
+    parser.add_argument("--seconds", type=float, help="to spend on each row's samples")
+    parser.add_argument("--limit", type=float, help="seconds after which no further row is begun")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, few samples")
+    parser.add_argument("--json", type=Path, help="write the results here, after every row")
+    given = parser.parse_args(arguments)
+    effort = QUICK if given.quick else CUDA_EFFORT if given.device == "cuda" else Effort()
+    if given.seconds is not None:
+        effort = Effort(budget_s=given.seconds)
+    try:
+        settings = Settings(
+            suite=given.suite,
+            cases=suite_cases(given.suite, given.device, quick=given.quick, path=given.cases),
+            dtypes=given.dtype.split(","),
+            layouts=given.layout.split(","),
+            directions=given.direction.split(","),
+            threads=[given.threads],
+            device=given.device,
+            compiled=given.compiled,
+            effort=effort,
+            overhead=False,
+            limit_s=given.limit,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def report(index: int, count: int, row: dict[str, Any]) -> None:
+        print(f"[{index}/{count}] {row_line(row)}", flush=True)
+
+    results = run_suite(settings, given.json, report=report)
+    if results["summary"]["groups"]:
+        print(markdown(summary_table(results)))
+    if results["summary"].get("device"):
+        print(markdown(device_table(results)))
+    if "network" in results["summary"]:
+        print(markdown(network_table(results)))
+        print(never_slower_line(results))
+    if results.get("rows_left_out"):
+        print(f"the limit of {given.limit:g} s left out {results['rows_left_out']} rows")
+    return int(any(row["error"] for row in results["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

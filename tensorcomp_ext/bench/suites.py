@@ -1,0 +1,108 @@
+"""The suites by name: their cases, how a case is read, and how a row is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .cases import Case, case_from_dict, development_cases, expand, quick_cases, read_cases
+from .devices import Device
+from .network import expand_networks, measure_network, network_cases, network_from_dict, quick_networks
+from .pair import expand_pairs, measure_pair, pair_cases, pair_from_dict, quick_pairs
+from .roofline import Probe
+from .timing import Effort
+from .tucker2_device import large_cases, measure_device_row
+
+
+class AnyCase(Protocol):
+    """What every suite's case has."""
+
+    @property
+    def dtype(self) -> str | None: ...
+
+    @property
+    def layout(self) -> str | None: ...
+
+    def label(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Measure(Protocol):
+    """Measures one row."""
+
+    def __call__(
+        self,
+        case: Any,
+        direction: str,
+        threads: int,
+        *,
+        device: Device,
+        compiled: str,
+        effort: Effort,
+        probe: Probe,
+    ) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One kind of row."""
+
+    development: Callable[[str], Sequence[Any]]
+    """The cases a device is measured on."""
+    quick: Callable[[], Sequence[Any]]
+    read: Callable[[Mapping[str, Any], str], Any]
+    expand: Callable[[Sequence[Any], Sequence[str], Sequence[str]], Sequence[Any]]
+    """Each case once for every dtype and layout it leaves open."""
+    measure: Measure
+    keys: str
+    """For the help text."""
+
+
+def _convolutions(device: str) -> list[Case]:
+    return development_cases() + (large_cases() if device == "cuda" else [])
+
+
+SUITES: dict[str, Suite] = {
+    "tucker2": Suite(
+        _convolutions,
+        quick_cases,
+        case_from_dict,
+        expand,
+        measure_device_row,
+        "N,S,T,H,W,k,stride,padding,dilation,r_in,r_out,layout,dtype (S and H required)",
+    ),
+    "pair": Suite(
+        pair_cases,
+        quick_pairs,
+        pair_from_dict,
+        lambda cases, dtypes, layouts: expand_pairs(cases, dtypes),
+        measure_pair,
+        "rows,in,out,rank,dtype",
+    ),
+    "network": Suite(
+        network_cases,
+        quick_networks,
+        network_from_dict,
+        lambda cases, dtypes, layouts: expand_networks(cases, dtypes),
+        measure_network,
+        "network,batch,rank,dtype",
+    ),
+}
+
+
+def suite_cases(suite: str, device: str, *, quick: bool = False, path: Path | None = None) -> Sequence[Any]:
+    """The cases of a run: those of a file, else the quick or the development ones.
+
+    Raises:
+        ValueError: unknown suite; a bad file or case.
+        OSError: the file cannot be read.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite must be of {', '.join(SUITES)}, got {suite!r}")
+    chosen = SUITES[suite]
+    if path is not None:
+        return read_cases(path, chosen.read)
+    return chosen.quick() if quick else chosen.development(device)
