@@ -13,66 +13,67 @@ from tensorcomp_ext import reference
 from tensorcomp_ext.ops._conv_arguments import Geometry, resolve_geometry
 
 DTYPES = (torch.float32, torch.bfloat16)
-FORWARD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+FORWARD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 NAMES = ("x", "core", "factor_out", "factor_in", "bias")
 
 Shape = tuple[int, int, int, int]
+Device = str | torch.device
 
 
-def _dense(shape: Shape, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape).to(dtype)
+def _dense(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+    return torch.randn(shape).to(device, dtype)  # the same numbers on every device
 
 
-def _channels_last(shape: Shape, dtype: torch.dtype) -> Tensor:
-    return _dense(shape, dtype).contiguous(memory_format=torch.channels_last)
+def _channels_last(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+    return _dense(shape, dtype, device).contiguous(memory_format=torch.channels_last)
 
 
-def _channel_slice(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _channel_slice(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _channels_last((n, c + 3, h, w), dtype)[:, 2 : 2 + c]
+    return _channels_last((n, c + 3, h, w), dtype, device)[:, 2 : 2 + c]
 
 
-def _plane_slice(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _plane_slice(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _dense((n, c + 1, h + 2, w + 5), dtype)[:, 1:, 1 : 1 + h, 3 : 3 + w]
+    return _dense((n, c + 1, h + 2, w + 5), dtype, device)[:, 1:, 1 : 1 + h, 3 : 3 + w]
 
 
-def _pixel_slice(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _pixel_slice(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _channels_last((n, c, h + 2, w + 5), dtype)[:, :, 1 : 1 + h, 2 : 2 + w]
+    return _channels_last((n, c, h + 2, w + 5), dtype, device)[:, :, 1 : 1 + h, 2 : 2 + w]
 
 
-def _every_other(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _every_other(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _dense((n, c, 2 * h, 2 * w + 1), dtype)[:, :, ::2, 1::2]
+    return _dense((n, c, 2 * h, 2 * w + 1), dtype, device)[:, :, ::2, 1::2]
 
 
-def _every_other_channel(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _every_other_channel(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _channels_last((n, 2 * c + 1, h, w), dtype)[:, 1::2]
+    return _channels_last((n, 2 * c + 1, h, w), dtype, device)[:, 1::2]
 
 
-def _reversed_order(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _reversed_order(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _dense((w, h, c, n), dtype).permute(3, 2, 1, 0)
+    return _dense((w, h, c, n), dtype, device).permute(3, 2, 1, 0)
 
 
-def _rows_inside(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _rows_inside(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _dense((n, w, c, h), dtype).permute(0, 2, 3, 1)
+    return _dense((n, w, c, h), dtype, device).permute(0, 2, 3, 1)
 
 
-def _expanded(shape: Shape, dtype: torch.dtype) -> Tensor:
+def _expanded(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
     n, c, h, w = shape
-    return _dense((n, 1, h, 1), dtype).expand(n, c, h, w)
+    return _dense((n, 1, h, 1), dtype, device).expand(n, c, h, w)
 
 
-def _one_image(shape: Shape, dtype: torch.dtype) -> Tensor:
-    return _dense((1, *shape[1:]), dtype).expand(shape)
+def _one_image(shape: Shape, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+    return _dense((1, *shape[1:]), dtype, device).expand(shape)
 
 
-LAYOUTS: dict[str, Callable[[Shape, torch.dtype], Tensor]] = {
+LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "contiguous": _dense,
     "channels_last": _channels_last,
     "channel_slice": _channel_slice,
@@ -142,17 +143,17 @@ class Case:
     bias: bool = True
     layout: str = "contiguous"
 
-    def make(self, dtype: torch.dtype = torch.float32) -> Arguments:
+    def make(self, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Arguments:
         def scaled(*shape: int) -> Tensor:
             fan = max(1, torch.Size(shape[1:]).numel())
-            return (torch.randn(shape) / fan**0.5).to(dtype)
+            return (torch.randn(shape) / fan**0.5).to(device, dtype)
 
         return Arguments(
-            LAYOUTS[self.layout]((self.n, self.c_in, *self.size), dtype),
+            LAYOUTS[self.layout]((self.n, self.c_in, *self.size), dtype, device),
             scaled(self.rank_out, self.rank_in, *self.kernel),
             scaled(self.c_out, self.rank_out),
-            (torch.randn(self.c_in, self.rank_in) / max(1, self.c_in) ** 0.5).to(dtype),
-            torch.randn(self.c_out).to(dtype) if self.bias else None,
+            (torch.randn(self.c_in, self.rank_in) / max(1, self.c_in) ** 0.5).to(device, dtype),
+            torch.randn(self.c_out).to(device, dtype) if self.bias else None,
             self.stride,
             self.padding,
             self.dilation,
@@ -162,7 +163,7 @@ class Case:
         return replace(self, **changes)
 
     def __str__(self) -> str:
-        changed = {k: v for k, v in vars(self).items() if v != getattr(Case, k)}
+        changed = {k: v for k, v in vars(self).items() if v != getattr(type(self), k)}
         return "-".join(f"{k}={v}".replace(" ", "") for k, v in changed.items()) or "default"
 
 
