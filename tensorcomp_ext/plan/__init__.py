@@ -13,7 +13,9 @@ from .layer import PlannedLayer
 from .dense import Dense  # isort: skip
 from .staged import Staged  # isort: skip
 from .fused import Fused  # isort: skip
-from .tuner import time_interleaved, tune
+from .partial import Partial  # isort: skip
+from .timing import time_interleaved
+from .tuner import tune
 from .tuning import LayerTuning, Timing, TuneResult
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Geometry",
     "LayerTuning",
     "LinearGeometry",
+    "Partial",
     "Plan",
     "PlannedLayer",
     "Stage",

@@ -24,7 +24,8 @@ class Stage(NamedTuple):
     """One pass of a plan over the data, for the cost model."""
 
     kind: str
-    """Which measured rate applies: "conv", "pointwise", "linear" or "fused"."""
+    """Which measured rate applies: "conv", "pointwise", "linear", or of our kernels "fused", "pair" (a
+    two-factor product) or "partial" (a convolution from rank space on)."""
     macs: int
     width: int
     """The narrower of the two channel counts the pass works on."""

@@ -22,11 +22,18 @@ def cache_directory() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("tensorcomp_ext"))
 
 
-@lru_cache(maxsize=8)
 def hardware(device: str = "cpu") -> str:
-    """A name for the processor, so that figures of one machine do not serve another."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    """A name for the processor, so that figures of one machine do not serve another.
+
+    "cuda" is the current device, "cuda:1" the second one; equal devices have one name, whatever their index.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return _processor()
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
     model = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_TF32 = "+tf32"
+
 
 def memory_layout(x: Tensor) -> str:
     """ "contiguous", "channels_last" or "strided"."""
@@ -37,17 +39,24 @@ class Case(NamedTuple):
     threads: int
     prefer: str
     """"latency", or "memory": no dense copy of the weight may be kept."""
+    tf32: bool = False
+    """Whether the layer's float32 may be rounded to TF32; never outside CUDA."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
+    @property
+    def precision(self) -> str:
+        """The computing dtype, and whether it may be rounded: "float32", "float32+tf32"."""
+        return self.dtype + _TF32 * self.tf32
+
     def __str__(self) -> str:
         """The case as one word, the key under which tuned choices are stored; :meth:`parse` reads it."""
         mode = "training" if self.training else "inference"
         sizes = "x".join(map(str, self.shape))
-        return f"{sizes}/{self.dtype}/{self.layout}/{self.device}/{mode}/t{self.threads}/{self.prefer}"
+        return f"{sizes}/{self.precision}/{self.layout}/{self.device}/{mode}/t{self.threads}/{self.prefer}"
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -58,10 +67,11 @@ class Case(NamedTuple):
         """
         parts = text.split("/")
         try:
-            sizes, dtype, layout, device, mode, threads, prefer = parts
+            sizes, precision, layout, device, mode, threads, prefer = parts
             shape = tuple(int(size) for size in sizes.split("x"))
+            count, dtype = int(threads.removeprefix("t")), precision.removesuffix(_TF32)
             case = cls(
-                shape, dtype, layout, device, mode == "training", int(threads.removeprefix("t")), prefer
+                shape, dtype, layout, device, mode == "training", count, prefer, precision.endswith(_TF32)
             )
         except ValueError as error:
             raise ValueError(

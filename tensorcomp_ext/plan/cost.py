@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 def predict(plan: Plan, layer: PlannedLayer, case: Case) -> float:
     """Seconds of one call: the sum over passes of ``overhead + max(MACs / rate, bytes / bandwidth)``.
 
-    Training counts forward and backward.
+    Training counts forward and backward. What fusion saves is bytes and launches: in true float32 a GPU is
+    bound by arithmetic at most ranks, and the rates measured for it leave fused plans little advantage there.
     """
-    machine = rates(case.torch_dtype, case.device, case.threads)
+    place = layer.weight.factors[0].device
+    # Of several CUDA devices, the one the layer lies on.
+    device = str(place) if place.type == case.device == "cuda" else case.device
+    machine = rates(case.torch_dtype, device, case.threads)
     size = torch.empty((), dtype=case.torch_dtype).element_size()
     factor = plan.backward_factor() if case.training else 1.0
     total = 0.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import Plan, Stage, register_plan
 from .case import Case, autocast_dtype
+from .channels_last import laid_out, weight_layout
 from .geometry import Bound
 from .layer import PlannedLayer
 
@@ -52,5 +53,8 @@ class Dense(Plan):
                 return apply(x, dense, bias)
 
             return rebuild
-        prepared = layer.prepared("dense", dtype, lambda: (layer.weight.to_dense().to(dtype),))
+        layout = weight_layout(case)
+        prepared = layer.prepared(
+            f"dense {layout}", dtype, lambda: (laid_out(layer.weight.to_dense().to(dtype), layout),)
+        )
         return layer.geometry.bind(prepared[0])

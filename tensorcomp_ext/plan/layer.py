@@ -15,6 +15,7 @@ from ..ops._transforms import transformed
 from .base import Candidate, Plan, get_plan, plans_for
 from .case import Case, autocast_dtype, memory_layout
 from .geometry import Bound, Geometry
+from .precision import tf32_state
 from .state import Prepared
 from .training import Trained
 
@@ -32,7 +33,17 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
     if x.is_cpu:
         low = _get_autocast_dtype("cpu") if _is_autocast_enabled("cpu") else None
         return x.shape, x.stride(), x.dtype, _get_num_threads(), low
-    return x.shape, x.stride(), x.dtype, _get_num_threads(), autocast_dtype(x.device.type), x.device
+    device = x.device
+    kind = device.type
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        _get_num_threads(),
+        autocast_dtype(kind),
+        device,
+        tf32_state(kind),
+    )
 
 
 class PlannedLayer(nn.Module, ABC):
@@ -189,17 +200,19 @@ class PlannedLayer(nn.Module, ABC):
 
     def case(self, x: Tensor, training: bool | None = None) -> Case:
         """The kind of call that ``x`` makes."""
-        dtype = x.dtype
+        dtype, device = x.dtype, x.device.type
         if dtype != torch.float64:
-            dtype = autocast_dtype(x.device.type) or dtype
+            dtype = autocast_dtype(device) or dtype
+        allowed = tf32_state(device)
         return Case(
             tuple(x.shape),
             str(dtype).removeprefix("torch."),
             memory_layout(x),
-            x.device.type,
+            device,
             self._needs_gradients(x) if training is None else training,
             _get_num_threads(),
             self._prefer,
+            dtype == torch.float32 and (allowed.convolutions if self.geometry.spatial else allowed.products),
         )
 
     def prepared(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from ..ops.tucker2_conv import native_support, pack_tucker2, tucker2_conv2d_packed
+from .. import _native
 from .cache import cache_directory, load, machine, store
+from .clock import clock_for
+from .precision import tf32_state
+from .workload import seconds_of, workload
 
-_WIDTHS = (8, 32, 128)
-_SECONDS = 0.012
 _FILE = "rates.json"
 _BUSY = 5e-4
 """Seconds of the smallest call above which other work disturbs the machine too much."""
@@ -63,56 +61,22 @@ class Rates:
         return found if all(math.isfinite(f) and f > 0 for f in figures) and found.overhead >= 0 else None
 
 
-def _seconds(call: Callable[[], object], synchronise: Callable[[], None]) -> float:
-    """Least seconds of a call after a warm-up: what the machine reaches when nothing else runs."""
-    call()
-    samples: list[float] = []
-    end = time.perf_counter() + _SECONDS
-    while len(samples) < 3 or (time.perf_counter() < end and len(samples) < 200):
-        synchronise()
-        start = time.perf_counter()
-        call()
-        synchronise()
-        samples.append(time.perf_counter() - start)
-    return min(samples)
-
-
 def measure(dtype: torch.dtype, device: str) -> Rates:
-    """Measure convolution, pointwise, matrix and fused speeds, bandwidth and call overhead in 0.3 s."""
-    options: dict[str, Any] = {"dtype": dtype, "device": device}
-
-    def synchronise() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    macs: dict[str, dict[int, float]] = {"conv": {}, "pointwise": {}, "linear": {}, "fused": {}}
+    """Measure the speed of every kind of work, bandwidth and call overhead in 0.3 s."""
+    clock = clock_for(device, queued=True)
     with torch.inference_mode():
-        tiny = (torch.ones(1, 8, 4, 4, **options), torch.ones(8, 8, 3, 3, **options))
-        overhead = _seconds(partial(F.conv2d, *tiny), synchronise)
-        big, target = torch.ones(1 << 22, **options), torch.empty(1 << 22, **options)
-        bandwidth = 2 * big.numel() * big.element_size() / _seconds(lambda: target.copy_(big), synchronise)
-        for width in _WIDTHS:
-            x = torch.ones(1, width, 28, 28, **options)
-            kernel = torch.ones(width, width, 3, 3, **options)
-            point = torch.ones(width, width, 1, 1, **options)
-            rows, matrix = torch.ones(4096, width, **options), torch.ones(width, width, **options)
-            calls: dict[str, tuple[int, Callable[[], object]]] = {
-                "conv": (26 * 26 * kernel.numel(), partial(F.conv2d, x, kernel)),
-                "pointwise": (28 * 28 * point.numel(), partial(F.conv2d, x, point)),
-                "linear": (4096 * matrix.numel(), partial(F.linear, rows, matrix)),
-            }
-            outer = torch.ones(2 * width, width, **options)
-            wide = torch.ones(1, 2 * width, 28, 28, **options).contiguous(memory_format=torch.channels_last)
-            if native_support(wide, kernel, outer, outer):
-                packed = pack_tucker2(kernel, outer, outer)
-                arguments = (wide, packed, tuple(kernel.shape), 2 * width, None, 1, 1, 1)
-                work = 28 * 28 * (kernel.numel() + 2 * outer.numel())
-                calls["fused"] = (work, partial(tucker2_conv2d_packed, *arguments))
-            for kind, (work, call) in calls.items():
-                spent = _seconds(call, synchronise)
+        work = workload(dtype, device)
+        overhead = seconds_of(work.tiny, clock_for(device))
+        # What even an empty sample takes: on CUDA less than a call costs where it is launched.
+        spared = overhead if work.host else seconds_of(work.tiny, clock)
+        bandwidth = work.copied / seconds_of(work.copy, clock)
+        macs: dict[str, dict[int, float]] = {}
+        for width in work.widths:
+            for kind, (count, call) in work.calls(width).items():
+                spent = seconds_of(call, clock)
                 # At most half is taken for overhead: a call lighter than a convolution has less of it.
-                macs[kind][width] = work / max(spent - overhead, spent / 2, 1e-9)
-    return Rates({k: t for k, t in macs.items() if t}, bandwidth, overhead)
+                macs.setdefault(kind, {})[width] = count / max(spent - spared, spent / 2, 1e-9)
+    return Rates(macs, bandwidth, overhead)
 
 
 _known: dict[str, Rates] = {}
@@ -121,18 +85,44 @@ _known: dict[str, Rates] = {}
 def rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
     """This machine's rates: from memory, from the cache file, or measured now and kept in both.
 
-    Rates measured while the machine is busy serve this process only.
+    Rates measured while the machine is busy serve this process only. On CUDA they are those of float32 as
+    torch rounds it now; where nothing can be measured, because the memory is full or a graph is being
+    captured, guesses serve until it can.
+
+    Args:
+        device: "cpu", "cuda" or with an index; others have no rates but guesses.
+        threads: threads of a call on the CPU.
     """
-    if device not in ("cpu", "cuda"):
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
         return Rates()
-    key = f"{machine(device)}, {threads} threads, {str(dtype).removeprefix('torch.')}"
+    key = _key(dtype, device, threads) if kind == "cpu" else _cuda_key(dtype, device)
     found = _known.get(key)
     if found is None:
         path = cache_directory() / _FILE
         found = Rates.from_dict(load(path).get(key))
         if found is None:
-            found = measure(dtype, device)
+            if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+                return Rates()
+            try:
+                found = measure(dtype, device)
+            except torch.OutOfMemoryError:
+                return Rates()
             if found.overhead < _BUSY:
                 store(path, key, found.to_dict())
         _known[key] = found
     return found
+
+
+def _key(dtype: torch.dtype, device: str, threads: int) -> str:
+    return f"{machine(device)}, {threads} threads, {str(dtype).removeprefix('torch.')}"
+
+
+def _cuda_key(dtype: torch.dtype, device: str) -> str:
+    """Threads of the CPU do not matter here; what TF32 is allowed and whether our kernels are there does."""
+    precision = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:
+        allowed = tf32_state("cuda")
+        precision += "".join(f"+tf32 {name}" for name, on in allowed._asdict().items() if on)
+    kernels = "fused kernels" if _native.cuda_status().ok else "library kernels"
+    return f"{machine(device)}, {kernels}, {precision}"

@@ -127,6 +127,7 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
     sizes = (0, weight.shape[1], *(1,) * layer.geometry.spatial)
     dtype = str(weight.factors[0].dtype).removeprefix("torch.")
     case = Case(sizes, dtype, "contiguous", weight.factors[0].device.type, training, 1, layer.prefer)
-    if "fused" in names and get_plan("fused").support(layer, case).ok:
+    # Of two large products the library's are hard to beat; without a shape nothing tells how large they are.
+    if layer.geometry.spatial and "fused" in names and get_plan("fused").support(layer, case).ok:
         return "fused"
     return "staged"

@@ -9,13 +9,17 @@ from torch import Tensor
 from ..formats import BottleneckConv
 from .base import Plan, Stage, register_plan
 from .case import Case
+from .channels_last import channels_product, laid_out, takes_products, weight_layout
 from .geometry import Bound
 from .layer import PlannedLayer
 
 
 @register_plan("staged")
 class Staged(Plan):
-    """Three library convolutions for a bottleneck convolution, two products for a two-factor weight."""
+    """Three library convolutions for a bottleneck convolution, two products for a two-factor weight.
+
+    For channels-last images on CUDA the two pointwise convolutions are matrix products over their memory.
+    """
 
     def serves(self, layer: PlannedLayer) -> bool:
         return True
@@ -62,10 +66,15 @@ class Staged(Plan):
         pointwise = geometry.pointwise
         if isinstance(form, BottleneckConv):
             parts = (form.point_in.t(), form.core, form.point_out)
+            layout = weight_layout(case)
             first, core, last = layer.prepared(
-                "staged", dtype, lambda: tuple(p.detach().to(dtype).contiguous() for p in parts)
+                f"staged {layout}",
+                dtype,
+                lambda: tuple(laid_out(p.detach().to(dtype).contiguous(), layout) for p in parts),
             )
             apply = geometry.apply
+            if takes_products(case):
+                return lambda x, bias: channels_product(apply(channels_product(x, first), core), last, bias)
             return lambda x, bias: pointwise(apply(pointwise(x, first), core), last, bias)
         b, a = layer.prepared("staged", dtype, lambda: (form.b.detach().to(dtype), form.a.detach().to(dtype)))
         return lambda x, bias: pointwise(pointwise(x, b), a, bias)

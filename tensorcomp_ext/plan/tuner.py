@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from .base import get_plan, plans_for
 from .case import Case
+from .clock import clock_for
 from .examples import call_model
+from .graphs import captured, check_graphs
 from .layer import PlannedLayer
+from .timing import time_interleaved
 from .tuning import LayerTuning, Timing, TuneResult
 
 Progress = Callable[[int, int, str], None]
 
 _BUDGET = 25.0
-_MIN_ROUNDS = 5
-_HOPELESS = 5.0
 _TIE = 1.02
 
 
@@ -46,6 +47,7 @@ def tune(
     training: bool = False,
     progress: Progress | None = None,
     min_seconds: float = 0.1,
+    cuda_graphs: bool = False,
 ) -> TuneResult:
     """Measure the candidate plans of every factorized layer of ``model`` and keep the fastest for each.
 
@@ -55,6 +57,10 @@ def tune(
     what it replaced. Layers of equal geometry and rank share one
     measurement. An interrupt (Ctrl-C) keeps the choices made so far.
 
+    On CUDA, calls are timed by events on the current stream, with a cold second-level cache. The time to
+    launch a call counts where it is longer than the device's work, as in a network whose layers are called
+    one by one; a network served under CUDA graphs launches nothing, and ``cuda_graphs`` tunes for that.
+
     Args:
         model: a model with factorized layers, or such a layer.
         example_inputs: a tensor; a tuple of positional or a dict of keyword arguments; or a list of these,
@@ -63,11 +69,14 @@ def tune(
         progress: called as ``progress(done, total, layer name)``.
         min_seconds: time spent on each candidate of each kind of layer, less where the whole would take over
             25 s.
+        cuda_graphs: time replays of CUDA graphs instead of calls, for models served under CUDA graphs. A
+            candidate that cannot be captured is listed as unavailable, with the reason.
 
     Raises:
         TypeError: ``model`` is no module (of what ``compress`` returns, pass ``.model``), or an example is
             neither tensor, tuple nor dict.
-        ValueError: the model has no factorized layer, or the examples reach none.
+        ValueError: the model has no factorized layer, or the examples reach none; ``cuda_graphs`` with a
+            factorized layer that is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -77,6 +86,8 @@ def tune(
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PlannedLayer)}
     if not layers:
         raise ValueError("tune: the model has no factorized layer")
+    if cuda_graphs:
+        check_graphs({name: layer.weight.factors[0].device for name, layer in layers.items()})
     start = time.perf_counter()
     work = _groups(layers, _record(model, layers, example_inputs, training))
     if not work:
@@ -87,7 +98,7 @@ def tune(
         for done, (sample, members) in enumerate(work):
             if progress is not None:
                 progress(done, len(work), members[0])
-            timings, unavailable = _measure(layers[members[0]], sample, training, seconds)
+            timings, unavailable = _measure(layers[members[0]], sample, training, seconds, cuda_graphs)
             if not timings:
                 continue
             choice = _fastest(timings)
@@ -161,9 +172,10 @@ def _groups(
 
 
 def _measure(
-    layer: PlannedLayer, sample: _Sample, training: bool, seconds: float
+    layer: PlannedLayer, sample: _Sample, training: bool, seconds: float, cuda_graphs: bool
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    unavailable, calls = {}, {}
+    unavailable: dict[str, str] = {}
+    calls: dict[str, Callable[[], object]] = {}
     x = sample.input(requires_grad=training)
     for plan in plans_for(layer):
         support = plan.support(layer, sample.case)
@@ -172,7 +184,11 @@ def _measure(
         else:
             unavailable[plan.name] = support.reason
     with torch.enable_grad() if training else torch.inference_mode():
-        return time_interleaved(calls, seconds, x.device.type), unavailable
+        if not cuda_graphs:
+            return time_interleaved(calls, seconds, x.device), unavailable
+        calls, refused = captured(calls, x.device)
+        clock = clock_for(x.device, queued=True)
+        return time_interleaved(calls, seconds, x.device, clock), unavailable | refused
 
 
 def _call(layer: PlannedLayer, name: str, x: Tensor, training: bool) -> Callable[[], object]:
@@ -187,51 +203,3 @@ def _call(layer: PlannedLayer, name: str, x: Tensor, training: bool) -> Callable
         gradient = torch.ones_like(plan.run(layer, x))
     call = plan.bind_training(layer, layer.case(x, training=True))
     return lambda: torch.autograd.grad(call(layer, x), wanted, gradient)
-
-
-def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], seconds: float, device: str = "cpu"
-) -> dict[str, Timing]:
-    """Time several calls turn by turn (A B C A B C), so that a change of the machine's state hits all alike.
-
-    A call more than five times slower than the fastest after the warm-up gets few rounds.
-
-    Args:
-        seconds: time to spend on each.
-    """
-
-    def once(call: Callable[[], object], repeats: int) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    first = {}
-    for name, call in calls.items():
-        once(call, 1)
-        first[name] = min(once(call, 1), once(call, 1))
-    best = min(first.values(), default=0.0)
-    # Samples of at least 50 us, that the clock's own cost does not show.
-    repeats = {name: max(1, round(5e-5 / max(spent, 1e-7))) for name, spent in first.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    rounds = max(_MIN_ROUNDS, min(200, int(seconds / max(best, 5e-5))))
-    end = time.perf_counter() + seconds * len(calls)
-    for turn in range(rounds):
-        if turn >= _MIN_ROUNDS and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            if turn < 3 or first[name] <= _HOPELESS * best:
-                samples[name].append(once(call, repeats[name]))
-    return {name: _timing(taken) for name, taken in samples.items()}
-
-
-def _timing(samples: list[float]) -> Timing:
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return Timing(
-        ordered[len(ordered) // 2], ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered)
-    )

@@ -66,7 +66,7 @@ class TuneResult:
             header_style="bold",
             padding=(0, 1, 0, 0),
         )
-        plans = [*dict.fromkeys(plan for e in self.layers for plan in (*e.timings, *e.unavailable))]
+        plans = [*dict.fromkeys(plan for e in self.layers for plan in e.timings)]
         for column in ("layer", "input", "plan"):
             table.add_column(column, no_wrap=column == "layer")
         for column in (*plans, "over dense"):
@@ -75,7 +75,7 @@ class TuneResult:
             times = [_milliseconds(entry.timings.get(plan)) for plan in plans]
             table.add_row(
                 Text(entry.layer or "(model)"),
-                f"{'×'.join(map(str, case.shape))} {case.dtype} {case.layout}",
+                f"{'×'.join(map(str, case.shape))} {case.precision} {case.layout}",
                 entry.choice,
                 *(Text(t, "bold" if p == entry.choice else "") for p, t in zip(plans, times, strict=True)),
                 _over_dense(entry),

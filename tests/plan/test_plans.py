@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorcomp_ext.formats import SVD
 from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv2d, FactorizedLinear
 from tensorcomp_ext.ops import Support
 from tensorcomp_ext.plan import Case, Fused, cache, cost, get_plan, plans_for, rates, register_plan
@@ -49,6 +48,13 @@ def test_case_text_round_trip() -> None:
             Case.parse(text)
 
 
+def test_case_text_says_where_float32_may_be_rounded() -> None:
+    case = case_of((8, 64))._replace(device="cuda", tf32=True)
+    assert str(case) == "8x64/float32+tf32/contiguous/cuda/inference/t1/latency"
+    assert Case.parse(str(case)) == case and case.torch_dtype == torch.float32
+    assert case.distance(case._replace(tf32=False), 0) is None
+
+
 def test_case_distance() -> None:
     case = case_of((8, 64, 7, 7))
     assert case.distance(case_of((8, 64, 7, 7)), 2) == 0
@@ -72,9 +78,26 @@ def test_memory_layout() -> None:
 
 
 def test_candidates_by_layer() -> None:
-    assert [p.name for p in plans_for(FactorizedConv2d(4, 4, 3, rank=(2, 2)))] == ["dense", "staged", "fused"]
+    image = FactorizedConv2d(4, 4, 3, rank=(2, 2))
+    assert [p.name for p in plans_for(image)] == ["dense", "staged", "fused", "partial"]
     assert [p.name for p in plans_for(FactorizedConv1d(4, 4, 3, rank=(2, 2)))] == ["dense", "staged"]
-    assert [p.name for p in plans_for(FactorizedLinear(4, 4, rank=2))] == ["dense", "staged"]
+    assert [p.name for p in plans_for(FactorizedLinear(4, 4, rank=2))] == ["dense", "staged", "fused"]
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_what_only_cuda_has_is_listed_with_the_reason() -> None:
+    image, matrix = FactorizedConv2d(4, 4, 3, rank=(2, 2)), FactorizedLinear(4, 4, rank=2)
+    for layer, name, x, reason in (
+        (image, "partial", torch.randn(1, 4, 5, 5), "for CUDA devices only, not for 'cpu'"),
+        (matrix, "fused", torch.randn(3, 4), "there is no native two_factor_linear for device 'cpu'"),
+    ):
+        for training in (False, True):
+            entry = next(c for c in layer.plans(x, training=training) if c.name == name)
+            assert not entry.available.ok and not entry.chosen and entry.reason == reason
+        layer.plan = name
+        for context in (torch.no_grad, torch.enable_grad):
+            with context(), pytest.raises(ValueError, match=f"plan '{name}' cannot serve: {reason}"):
+                layer(x)
 
 
 @pytest.mark.usefixtures("known_rates", "fused_serves")
@@ -101,7 +124,7 @@ def test_cost_model_chooses() -> None:
     x = torch.empty(8, 64, 28, 28)
     small = FactorizedConv2d(64, 64, 3, padding=1, rank=(8, 8)).plans(x, training=False)
     assert small[0].name == "fused" and small[0].chosen and small[0].reason == "predicted fastest"
-    assert [c.chosen for c in small] == [True, False, False]
+    assert [c.chosen for c in small] == [True, False, False, False]
     assert "x the time of fused" in small[1].reason
     full = FactorizedConv2d(64, 64, 3, padding=1, rank=(64, 64))
     chosen = {c.name: c for c in full.plans(x, training=False)}
@@ -155,7 +178,7 @@ def test_candidate_is_json() -> None:
 
 
 def test_registry() -> None:
-    with pytest.raises(ValueError, match=r"one of \['dense', 'fused', 'staged'\], got 'quick'"):
+    with pytest.raises(ValueError, match=r"one of \['dense', 'fused', 'partial', 'staged'\], got 'quick'"):
         get_plan("quick")
     with pytest.raises(ValueError, match="'dense' is taken by Dense"):
         register_plan("dense")(Fused)
@@ -214,7 +237,6 @@ def test_measured_rates_are_usable() -> None:
 
 
 def test_parameters_of_one_form_only() -> None:
-    layer = FactorizedLinear(6, 5, rank=2)
-    with pytest.raises(TypeError, match="bottleneck convolutions"):
-        get_plan("fused").run(layer, torch.ones(1, 6))
-    assert isinstance(layer.weight, SVD)
+    layer = FactorizedConv1d(6, 5, 3, rank=(2, 2))
+    with pytest.raises(TypeError, match="two-dimensional bottleneck convolutions and two-factor linear"):
+        get_plan("fused").run(layer, torch.ones(1, 6, 9))

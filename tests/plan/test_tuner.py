@@ -144,7 +144,7 @@ def test_a_layer_alone_and_real_measurement() -> None:
         assert entry.layer == "" and {"dense", "staged"} <= set(timings)
         assert entry.choice in ("dense", min(timings, key=lambda name: timings[name].median))
         assert all(0 < t.p10 <= t.median <= t.p90 for t in timings.values())
-        assert set(timings) | set(entry.unavailable) == {"dense", "staged", "fused"}
+        assert set(timings) | set(entry.unavailable) == {"dense", "staged", "fused", "partial"}
 
 
 def test_models_without_factorized_layers() -> None:
@@ -188,7 +188,7 @@ def test_choices_of_another_machine(stopwatch: dict[str, float]) -> None:
         lambda c: c["layers"]["first"].update(plan="quick"),
         lambda c: c["layers"]["first"].update(prefer="speed"),
         lambda c: c["layers"]["head"].update(tuned={"1x2": {"plan": "dense"}}),
-        lambda c: next(iter(c["layers"]["head"]["tuned"].values())).update(plan="fused"),
+        lambda c: next(iter(c["layers"]["head"]["tuned"].values())).update(plan="partial"),
         lambda c: next(iter(c["layers"]["head"]["tuned"].values())).update(seconds={"dense": float("nan")}),
     ],
 )
