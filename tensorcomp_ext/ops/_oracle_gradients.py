@@ -48,7 +48,9 @@ def oracle_gradients(
                 found = _derivatives(oracle, grad, leaves, wanted, create_graph=False)
     derivatives = iter(found)
     gradients: list[Tensor | None] = [next(derivatives) if w else None for w in wanted[:count]]
-    gradients.append(grad.sum(list(bias_dims)) if wanted[count] else None)
+    # Without dimensions sum() would add up everything; an op must not return its input.
+    dims = list(bias_dims)
+    gradients.append(None if not wanted[count] else grad.sum(dims) if dims else grad.clone())
     return gradients
 
 

@@ -36,7 +36,8 @@ def register_default(name: str, kernel: Callable[..., Any], fake: Callable[..., 
 
 def register_composite(name: str, kernel: Callable[..., Any]) -> None:
     """Register an op that is made of others: what differentiates, maps or traces it sees those."""
-    _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        _LIBRARY.impl(name, kernel, key)
 
 
 def register_autograd(name: str, kernel: Callable[..., Any]) -> None:

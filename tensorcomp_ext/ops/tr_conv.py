@@ -101,7 +101,9 @@ def _check_cores(x: Tensor, core_in: Tensor, core_spatial: Tensor, core_out: Ten
 def _window(core_spatial: Tensor, kernel_size: Sequence[int] | None) -> tuple[int, int]:
     taps = core_spatial.shape[1]
     if kernel_size is None:
-        side = math.isqrt(taps)
+        side = 1  # counted up: torch.compile has no integer square root of a symbol
+        while side * side < taps:
+            side += 1
         if side * side != taps:
             raise ValueError(
                 f"{_NAME}: core_spatial must be [Ra, kH kW, Rb] with a square kH kW unless kernel_size is "
