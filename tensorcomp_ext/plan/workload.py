@@ -97,9 +97,9 @@ def _image_calls(options: dict[str, Any], width: int) -> Work:
     return calls
 
 
-def _batch_calls(options: dict[str, Any], width: int) -> Work:
+def _batch_calls(options: dict[str, Any], width: int, entries: int = 1 << 23) -> Work:
     """Channels-last batches of as many entries at every width, so that none leaves a GPU idle."""
-    images = max(1, (1 << 23) // (_SIDE * _SIDE * width))
+    images = max(1, entries // (_SIDE * _SIDE * width))
     pixels = images * _SIDE * _SIDE
     x = _channels_last(torch.ones(images, width, _SIDE, _SIDE, **options))
     kernel = torch.ones(width, width, 3, 3, **options)
