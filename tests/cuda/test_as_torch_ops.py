@@ -160,7 +160,7 @@ def test_autocast(cuda: str, name: str, dtype: torch.dtype) -> None:
         through_op = leaves.forward_op(*leaves.arguments())
     assert y.dtype == through_op.dtype == dtype
     low = leaves.but([t if t is None else t.detach().to(dtype) for t in leaves.tensors])
-    assert relative(y, low.oracle()) <= FORWARD_TOLERANCE[mode]
+    assert relative(y.detach(), low.oracle()) <= FORWARD_TOLERANCE[mode]
     grad = torch.randn(y.shape).to(y)
     found = torch.autograd.grad(y, list(leaves.given.values()), grad)
     for ours, theirs in zip(found, low.oracle_gradients(grad).values(), strict=True):
@@ -172,6 +172,8 @@ def test_autocast(cuda: str, name: str, dtype: torch.dtype) -> None:
 @modes
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_whole(cuda: str, name: str, mode: str, backend: str) -> None:
+    if backend == "inductor" and mode in ("float32", "bfloat16"):
+        pytest.skip("seconds of compiling; tf32 and float16 stand for all dtypes")
     if backend == "inductor" and importlib.util.find_spec("triton") is None:
         pytest.skip("inductor compiles for CUDA with triton, which is not installed")
     set_precision(mode)
@@ -188,7 +190,7 @@ def test_compiles_whole(cuda: str, name: str, mode: str, backend: str) -> None:
         found = torch.autograd.grad(y, list(problem.given.values()), grad)
     finally:
         torch.compiler.reset()
-    assert relative(y, 2 * problem.oracle()) <= FORWARD_TOLERANCE[mode]
+    assert relative(y.detach(), 2 * problem.oracle()) <= FORWARD_TOLERANCE[mode]
     expected = problem.oracle_gradients(2 * grad)
     for (key, wanted), ours in zip(expected.items(), found, strict=True):
         assert relative(ours, wanted) <= GRADIENT_TOLERANCE[mode], key

@@ -1,0 +1,134 @@
+"""Every CUDA op, forward and backward, at tiny odd sizes: what compute-sanitizer can look at in a minute.
+
+``compute-sanitizer --tool memcheck python benchmarks/gpu_small_cases.py``. The oracle runs on the CPU, so
+that the device sees little beside our kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cuda"), str(ROOT / "tests" / "ops")]
+
+from bottleneck_problems import BottleneckCase  # noqa: E402
+from cuda_problems import (  # noqa: E402
+    FORWARD_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    MODES,
+    OPS,
+    Problem,
+    convolution,
+    pair,
+)
+from tucker2_problems import relative  # noqa: E402
+
+from tensorcomp_ext.ops._conv_arguments import resolve_geometry  # noqa: E402
+from tensorcomp_ext.ops.tucker2_packed import pack_tucker2, packed_geometry  # noqa: E402
+from tensorcomp_ext.ops.two_factor_linear import pack_two_factor, two_factor_sizes  # noqa: E402
+
+BASE = BottleneckCase(n=2, c_in=9, c_out=11, size=(7, 5), rank_in=6, rank_out=5)
+CONVOLUTIONS = {
+    "tucker2": BASE,
+    "tucker2 channels-last": BASE.but(layout="channels_last", c_in=17, c_out=24, rank_in=17, rank_out=9),
+    "tucker2 wide ranks": BASE.but(rank_in=65, rank_out=33, size=(5, 9)),
+    "tucker2 stride, padding": BASE.but(
+        stride=(2, 1), padding=[1, 0, 2, 1], bias=False, layout="plane_slice"
+    ),
+    "tucker2 dilation": BASE.but(dilation=2, kernel=(3, 1), padding=(2, 0)),
+    "tucker2 several tiles": BASE.but(n=1, size=(19, 37), c_in=40, c_out=33),
+    "ring": BASE.but(ring=3),
+    "depthwise": BASE.but(depthwise=True, rank_in=18),
+}
+PAIRS = {
+    "pair": ((3, 5), 17, 6, 23),
+    "pair wide": ((130,), 72, 40, 96),
+}
+
+
+def problems(mode: str) -> Iterator[tuple[str, Problem]]:
+    """Each problem of a mode, on the CPU."""
+    for name, case in CONVOLUTIONS.items():
+        yield name, convolution(case, mode, "cpu")
+    for name, sizes in PAIRS.items():
+        yield name, pair(*sizes, mode, "cpu")
+
+
+def packed_calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
+    """The inference forms of a problem that have weights packed on its device."""
+    x, *weights, bias = problem.tensors
+    if problem.op == "two_factor_linear":
+        a, b = weights
+        sizes = two_factor_sizes(a, b, problem.tf32)  # type: ignore[arg-type]
+        return {"packed": lambda: OPS.two_factor_linear_packed(x, pack_two_factor(a, b), bias, sizes)}  # type: ignore[arg-type]
+    if problem.op != "tucker2_conv2d":
+        return {}
+    core, factor_out, factor_in = weights
+    assert x is not None and core is not None and factor_out is not None and factor_in is not None
+    geometry = resolve_geometry(core.shape[2:], *problem.rest)
+    shape = (factor_in.shape[0], factor_out.shape[0])
+    numbers = packed_geometry(core.shape, *shape, geometry, problem.tf32)
+    z = torch.einsum("nshw,sa->nahw", x.double().cpu(), factor_in.double().cpu()).to(x)
+    return {
+        "packed": lambda: OPS.tucker2_conv2d_packed(x, pack_tucker2(*weights), bias, numbers),
+        "tail": lambda: OPS.tucker2_conv2d_tail(z, pack_tucker2(*weights), bias, numbers),
+    }
+
+
+def check(found: Tensor, expected: Tensor, allowed: float, what: str) -> list[str]:
+    error = relative(found.detach().cpu(), expected)
+    return [] if error <= allowed else [f"{what}: {error:.1e} from the oracle, allowed {allowed:.0e}"]
+
+
+def run(problem: Problem, device: str) -> list[str]:
+    """One problem in all its forms; what was wrong."""
+    expected = problem.oracle()
+    grad = torch.randn(expected.shape).to(MODES[problem.mode])
+    gradients = problem.oracle_gradients(grad)
+    moved = problem.but([t if t is None else t.to(device) for t in problem.tensors])
+    allowed = FORWARD_TOLERANCE[problem.mode]
+    wrong = check(moved.forward_op(*moved.arguments()), expected, allowed, "forward")
+    full = (1 << len(problem.names)) - 1
+    found = moved.backward_op(*moved.backward_arguments(grad.to(device), full))
+    for name, gradient in zip(problem.names, found, strict=True):
+        if name in gradients:
+            wrong += check(gradient, gradients[name], GRADIENT_TOLERANCE[problem.mode], f"gradient of {name}")
+    if device == "cuda" and moved.support().ok:
+        for name, call in packed_calls(moved).items():
+            wrong += check(call(), expected, 2 * allowed, name)
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, help="begin no further case after so long")
+    given: Any = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device")
+        return 2
+    torch.manual_seed(0)
+    begin, done, left, wrong = time.perf_counter(), 0, 0, []
+    for mode in ("float16", "tf32", "float32", "bfloat16"):
+        for name, problem in problems(mode):
+            if given.seconds is not None and time.perf_counter() - begin > given.seconds:
+                left += 1
+                continue
+            faults = [f"{mode} {name}: {text}" for text in run(problem, given.device)]
+            print("\n".join(faults) if faults else f"{mode} {name}: ok", flush=True)
+            wrong += faults
+            done += 1
+    print(f"{done} cases, {len(wrong)} faults, {left} cases left out for time")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
