@@ -137,7 +137,7 @@ if ! has_module pytest; then
 elif ((native == 0)); then
   asked tests && note skipped tests 0 'the CUDA library does not load'
 elif asked tests; then
-  step tests 170 "${pytest[@]}" -m 'not slow' -k 'not on_cpu' --maxfail=60 tests/cuda
+  step tests 200 "${pytest[@]}" -m 'not slow' -k 'not on_cpu' --maxfail=60 tests/cuda
 fi
 
 for tool in memcheck racecheck; do

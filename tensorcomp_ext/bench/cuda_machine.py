@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,14 @@ def driver_version() -> str | None:
     found = re.search(r"\b(\d{3}\.\d+(\.\d+)?)\b", text)
     if found:
         return found.group(1)
-    with _nvml() as nvml:
-        return str(nvml.nvmlSystemGetDriverVersion()) if nvml is not None else None
+    version = _nvml(lambda nvml: nvml.nvmlSystemGetDriverVersion())
+    return None if version is None else str(version)
 
 
 def clocks() -> dict[str, int] | None:
     """Clocks in MHz now and at most, where NVML's Python module is there."""
-    with _nvml() as nvml:
-        if nvml is None:
-            return None
+
+    def read(nvml: Any) -> dict[str, int]:
         handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
         found = {}
         for name, kind in (("sm", nvml.NVML_CLOCK_SM), ("memory", nvml.NVML_CLOCK_MEM)):
@@ -70,22 +69,23 @@ def clocks() -> dict[str, int] | None:
             found[f"{name}_max_mhz"] = int(nvml.nvmlDeviceGetMaxClockInfo(handle, kind))
         return found
 
+    return _nvml(read)
 
-@contextlib.contextmanager
-def _nvml() -> Iterator[Any | None]:
+
+def _nvml(read: Callable[[Any], Any]) -> Any | None:
+    """What ``read`` makes of NVML's Python module; None where there is none or it refuses."""
     try:
         nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-    except (ImportError, OSError):
-        yield None
-        return
-    except RuntimeError:  # NVMLError of some versions
-        yield None
-        return
+    except ImportError:
+        return None
     try:
-        yield nvml
-    finally:
-        nvml.nvmlShutdown()
+        nvml.nvmlInit()
+        try:
+            return read(nvml)
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError:
+        return None
 
 
 @contextlib.contextmanager

@@ -280,7 +280,8 @@ def our_ways(problem: PairProblem) -> list[Candidate]:
         layer = build_linear(problem, None)
         with torch.inference_mode(False):
             example = problem.x().detach().clone()
-            result = tune(layer, example, training=problem.training, min_seconds=_TUNE_S)
+            options = {"training": problem.training, "cuda_graphs": problem.device == "cuda"}
+            result = tune(layer, example, min_seconds=_TUNE_S, **options)  # type: ignore[arg-type]
         found = Candidate(TUNED, "ours", LAYOUT, problem.call(layer, _parameters(layer)))
         found.note = result.layers[0].choice if result.layers else None
         return found

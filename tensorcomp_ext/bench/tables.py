@@ -59,7 +59,7 @@ def _network_line(row: dict[str, Any]) -> str:
         for c in row["candidates"]
     ]
     ratios = ", ".join(f"{number(ratio)}x {mode}" for mode, ratio in row["over_dense"].items())
-    plans = next((c["plan"] for c in row["candidates"] if c.get("plan")), "")
+    plans = "; ".join(dict.fromkeys(c["plan"] for c in row["candidates"] if c.get("plan")))
     slower = "" if row["never_slower"] else " SLOWER THAN DENSE"
     return f"{head}: {'; '.join(parts)}; over dense {ratios} ({plans}){slower}"
 

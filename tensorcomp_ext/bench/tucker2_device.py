@@ -120,7 +120,8 @@ def _tuned(problem: Problem) -> Candidate:
     # Inputs born under inference mode could not be asked for gradients.
     with torch.inference_mode(False):
         example = problem.x(problem.layout).detach().clone()
-        result = tune(layer, example, training=problem.training, min_seconds=_TUNE_S)
+        options = {"training": problem.training, "cuda_graphs": problem.device == "cuda"}
+        result = tune(layer, example, min_seconds=_TUNE_S, **options)  # type: ignore[arg-type]
     candidate = layer_candidate(TUNED, layer, problem)
     candidate.note = result.layers[0].choice if result.layers else None
     return candidate

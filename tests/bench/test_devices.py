@@ -1,6 +1,8 @@
 """What measures several plans at once, on the CPU and with a false clock: rows, events, summaries."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tensorcomp_ext.bench import network as network_module
 from tensorcomp_ext.bench.__main__ import main
 from tensorcomp_ext.bench.candidates import Candidate
 from tensorcomp_ext.bench.cases import case_from_dict
+from tensorcomp_ext.bench.cuda_machine import clocks, precision
 from tensorcomp_ext.bench.cuda_timing import Prepared, interleave_events
 from tensorcomp_ext.bench.device_summary import (
     device_summary,
@@ -330,3 +333,52 @@ def test_module_runs_a_suite_without_the_command_line(tmp_path, capsys):
 def test_cuda_without_a_device_is_said():
     with pytest.raises(ValueError, match="sees no CUDA device here"):
         get_device("cuda")
+
+
+class FalseNvml(types.ModuleType):
+    """NVML's module on a machine whose clocks cannot be read."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, refuses):
+        super().__init__("pynvml")
+        self.refuses, self.open = refuses, 0
+
+    def nvmlInit(self):
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        if self.refuses:
+            raise self.NVMLError("not supported")
+        return 1000 * kind
+
+    nvmlDeviceGetMaxClockInfo = nvmlDeviceGetClockInfo
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_clocks_where_nvml_tells_them(monkeypatch, refuses):
+    nvml = FalseNvml(refuses)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = clocks()
+    assert nvml.open == 0
+    assert found is None if refuses else found["sm_mhz"] == 1000 and found["memory_max_mhz"] == 2000
+
+
+def test_precision_is_put_back():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    for dtype in ("tf32", "float32", "float16"):
+        with pytest.raises(KeyError), precision(dtype):
+            assert (cudnn.allow_tf32, matmul.allow_tf32) == (dtype == "tf32",) * 2 and cudnn.benchmark
+            raise KeyError
+        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == before
