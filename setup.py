@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -34,7 +35,9 @@ CSRC = ROOT / "csrc"
 # One binary serves this torch and every later one.
 OLDEST_TORCH = (2, 10)
 TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
-DEFAULT_CUDA_ARCHS = "8.0;9.0a"
+# Ampere with PTX for whatever has no code of its own, Hopper, and what came later where the toolkit knows it.
+CUDA_ARCHS = ("8.0+PTX", "9.0a")
+LATER_CUDA_ARCHS = {"compute_100": "10.0", "compute_120": "12.0"}
 OP_LIBRARIES = ("_ops", "_ops_cuda")
 HOST_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # A warning of a compiler we have not met must not stop a user's installation; our own builds set this.
@@ -99,6 +102,15 @@ def cuda_home() -> Path | None:
     return usual if (usual / "bin" / "nvcc").exists() else None
 
 
+def cuda_archs(home: Path) -> str:
+    """The architectures to compile for where TORCH_CUDA_ARCH_LIST does not say."""
+    listing = subprocess.run(
+        [home / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
+    )
+    known = listing.stdout.split()
+    return ";".join([*CUDA_ARCHS, *(arch for name, arch in LATER_CUDA_ARCHS.items() if name in known)])
+
+
 def want_cuda() -> bool:
     choice = os.environ.get("TENSORCOMP_CUDA", "auto").lower()
     if choice not in {"auto", "0", "1"}:
@@ -140,13 +152,13 @@ def op_library() -> Extension:
 def cuda_op_library() -> Extension:
     home = cuda_home()
     assert home is not None
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(home))
     includes = system_includes(torch_include(), home / "include")
     errors = ["-Werror"] if WARNINGS_ARE_ERRORS else []
     host = ",".join(["-Wall", "-Wextra", "-fvisibility=hidden", *errors])
     return Extension(
         "tensorcomp_ext._ops_cuda",
-        sources("kernels/cuda/*.cu", "ops/cuda/*.cpp"),
+        sources("kernels/cuda/*.cu", "kernels/cuda/*.cpp", "ops/cuda/*.cpp"),
         include_dirs=[str(CSRC)],
         define_macros=[*stable_macros(), ("USE_CUDA", "1")],
         extra_compile_args={

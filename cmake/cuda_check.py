@@ -1,6 +1,7 @@
-"""Compiles every .cu for sm_80 and sm_90a and every CUDA binding, and links the whole CUDA op library.
+"""Compiles every .cu for sm_80, sm_90a and later ones the toolkit knows, and every CUDA binding, and links the
+whole CUDA op library.
 
-It links against the installed torch, CPU-only or not; the result must hold code for both architectures and
+It links against the installed torch, CPU-only or not; the result must hold code for every architecture, and
 need nothing that torch and the CUDA runtime do not provide.
 
 Needs the CUDA toolkit (``CUDA_HOME``, or ``nvcc`` on the path), no GPU. Run by ``make cuda-check``.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,15 +21,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "cuda-check"
-ARCHS = {80: "sm_80", 90: "sm_90a"}
+LATER = {"compute_100": (100, "10.0"), "compute_120": (120, "12.0")}
 FATBIN_MAGIC = 0xBA55ED50
 CUBIN = 2
 # What torch, the CUDA runtime and the C++ runtime provide.
 PROVIDED = re.compile(r"aoti_torch_|torch_|_ITM_|__gmon_start__|.*@")
 
 
-def build() -> Path:
-    choices = {"TENSORCOMP_NATIVE": "1", "TENSORCOMP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a"}
+def architectures() -> dict[int, str]:
+    """Architectures to compile for, as numbers in device binaries and as torch spells them."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home) / "bin" / "nvcc" if home else Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    later = (arch for name, arch in LATER.items() if name in listing.stdout.split())
+    return {80: "8.0", 90: "9.0a", **dict(later)}
+
+
+def build(archs: str) -> Path:
+    choices = {"TENSORCOMP_NATIVE": "1", "TENSORCOMP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": archs}
     # Only the libraries go elsewhere: objects of the CPU code are shared with the usual build.
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(TREE)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **choices}, check=True)
@@ -73,18 +84,19 @@ def unexpected_symbols(library: Path) -> list[str]:
 
 
 def main() -> None:
-    library = build()
+    archs = architectures()
+    library = build(";".join(archs.values()))
     kernels = len(list((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")))
     found = cubins(library)
-    for arch, name in ARCHS.items():
-        if found[arch] < kernels:
-            raise SystemExit(f"cuda-check: {kernels} .cu files, but {found[arch]} device binaries for {name}")
+    for number, name in archs.items():
+        if found[number] < kernels:
+            raise SystemExit(
+                f"cuda-check: {kernels} .cu files, but {found[number]} device binaries for {name}"
+            )
     strange = unexpected_symbols(library)
     if strange:
         raise SystemExit(f"cuda-check: undefined symbols that nothing provides: {', '.join(strange)}")
-    print(
-        f"cuda-check: {kernels} kernel file(s), each for {' and '.join(ARCHS.values())}, linked and complete"
-    )
+    print(f"cuda-check: {kernels} kernel file(s), each for {', '.join(archs.values())}, linked and complete")
 
 
 if __name__ == "__main__":

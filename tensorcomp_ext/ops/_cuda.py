@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,12 +46,23 @@ def matmul_tf32(x: Tensor) -> bool:
     return bool(_precision_of("cuda", "matmul") == "tf32")
 
 
-def support(dtype: torch.dtype) -> Support:
-    """Whether the CUDA library is loaded and has kernels for ``dtype``, sizes apart."""
+def support(dtype: torch.dtype, device: torch.device | None = None) -> Support:
+    """Whether the CUDA library is loaded and has kernels for ``dtype`` and the device, sizes apart."""
     loaded = _native.cuda_status()
+    if loaded.ok and device is not None and torch.cuda.is_available():
+        major, minor = _capability(device)
+        if major < 8:
+            return Support(
+                False, f"the native CUDA kernels need compute capability 8.0, the device has {major}.{minor}"
+            )
     if loaded.ok and dtype not in DTYPES:
         return Support(False, f"the native CUDA kernels take float32, float16 and bfloat16, not {dtype}")
     return loaded
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def bottleneck_support(
@@ -61,12 +74,13 @@ def bottleneck_support(
     depthwise: bool = False,
 ) -> Support:
     """Whether the CUDA kernels take a bottleneck convolution of ``x``, which lies on a CUDA device."""
-    loaded = support(x.dtype)
+    loaded = support(x.dtype, x.device)
     if not loaded.ok or _is_compiling():
         return loaded  # in a compiled graph the op itself decides by sizes
     rank_out, rank_in, *kernel = core.shape
     strides, _, dilations = resolve_geometry(kernel, stride, 0, dilation)
     return fits_bottleneck(
+        x.device,
         rank_out if depthwise else rank_in,
         rank_out,
         ring,
@@ -95,6 +109,7 @@ def no_cuda_form(device: torch.device) -> str:
 
 
 def fits_bottleneck(
+    device: torch.device,
     rank_in: int,
     rank_out: int,
     ring: int,
@@ -113,14 +128,42 @@ def fits_bottleneck(
         element_size: bytes of an entry, 4 or 2.
         depthwise: whether the core convolves each rank by itself.
     """
+    core = "depthwise" if depthwise else "full"
+    sizes = (rank_in, rank_out, ring, *kernel, *stride, *dilation)
+    if not _fits(core, sizes, element_size, _shared_bytes(device)):
+        return Support(
+            False,
+            f"ranks ({rank_out}, {rank_in}) with kernel {list(kernel)}"
+            + (f" and ring {ring}" if ring > 1 else "")
+            + " do not fit the shared memory of this device",
+        )
     return Support(True)
 
 
-def fits_two_factor(c_in: int, rank: int, c_out: int, element_size: int) -> Support:
-    """Whether the fused CUDA kernel of two-factor products takes these sizes, and which it does not.
+def fits_two_factor(device: torch.device, rank: int, element_size: int) -> Support:
+    """Whether the fused CUDA kernel of two-factor products takes a rank, and why not.
 
     Args:
-        c_in, rank, c_out: ``b`` is ``[rank, c_in]``, ``a`` is ``[c_out, rank]``.
+        rank: ``b`` is ``[rank, in]``, ``a`` is ``[out, rank]``.
         element_size: bytes of an entry, 4 or 2.
     """
+    if not _fits("none", (rank, rank, 1, 1, 1, 1, 1, 1, 1), element_size, _shared_bytes(device)):
+        return Support(False, f"rank {rank} does not fit the shared memory of this device")
     return Support(True)
+
+
+@lru_cache(maxsize=64)
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory a block can have; that of the largest where there is no device to ask (fake tensors)."""
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+@lru_cache(maxsize=4096)
+def _fits(core: str, sizes: tuple[int, ...], element_size: int, shared_bytes: int) -> bool:
+    # The module exists wherever the CUDA library does, and is imported no sooner.
+    native = importlib.import_module("tensorcomp_ext._C")
+    rank_in, rank_out, ring, *window = sizes
+    pairs = (tuple(window[i : i + 2]) for i in (0, 2, 4))
+    return bool(native.cuda_fits(core, rank_in, rank_out, ring, *pairs, element_size, shared_bytes))

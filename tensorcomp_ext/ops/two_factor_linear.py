@@ -50,10 +50,10 @@ def native_support(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) 
     """Whether a native kernel takes this problem, and the reason when it does not."""
     if not x.is_cuda:
         return Support(False, f"there is no native {_NAME} for device {x.device.type!r}")
-    loaded = _cuda.support(x.dtype)
+    loaded = _cuda.support(x.dtype, x.device)
     if not loaded.ok or _is_compiling():
         return loaded  # in a compiled graph the op itself decides by sizes
-    return _cuda.fits_two_factor(b.shape[1], b.shape[0], a.shape[0], x.element_size())
+    return _cuda.fits_two_factor(x.device, b.shape[0], x.element_size())
 
 
 def two_factor_linear(

@@ -8,7 +8,6 @@ from .bottleneck_conv import bottleneck_conv2d
 from .cp_conv import cp_conv2d
 from .tr_conv import tr_conv2d
 from .tucker2_conv import tucker2_conv2d
-from .tucker2_core_pack import tucker2_core_pack
 from .two_factor_linear import two_factor_linear
 
 __all__ = [
@@ -16,6 +15,5 @@ __all__ = [
     "cp_conv2d",
     "tr_conv2d",
     "tucker2_conv2d",
-    "tucker2_core_pack",
     "two_factor_linear",
 ]

@@ -234,7 +234,8 @@ def test_native_support_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, f
 def test_sizes_are_asked_for(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def refuse(*sizes: Any) -> _native.Support:
+    def refuse(device: torch.device, *sizes: Any) -> _native.Support:
+        assert device.type == "cuda"
         asked.append(sizes)
         return _native.Support(False, "too large")
 
@@ -251,10 +252,23 @@ def test_sizes_are_asked_for(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Non
         *(3, 4, 1, (3, 3), (2, 2), (1, 2), 2, False),
         *(3, 4, 2, (3, 3), (1, 1), (1, 1), 4, False),
         *(4, 4, 1, (3, 2), (1, 1), (1, 1), 4, True),
-        *(5, 3, 6, 4),
+        *(3, 4),
     ]
     with pytest.raises(ValueError, match="backend='native' cannot serve: too large"):
         conv(conv_tensors(fake))
+
+
+def test_ranks_beyond_shared_memory_are_named() -> None:
+    device = torch.device("cuda", 0)
+    sizes = ((3, 3), (1, 1), (1, 1))
+    assert _cuda.fits_bottleneck(device, 64, 64, 1, *sizes, 2, False).ok
+    assert _cuda.fits_bottleneck(device, 300, 300, 1, *sizes, 2, False).ok
+    too_large = _cuda.fits_bottleneck(device, 40_000, 3, 1, *sizes, 2, False)
+    assert not too_large.ok and "ranks (3, 40000) with kernel [3, 3]" in too_large.reason
+    assert not _cuda.fits_bottleneck(device, 512, 512, 64, *sizes, 4, False).ok
+    assert _cuda.fits_bottleneck(device, 100, 100, 1, *sizes, 4, True).ok
+    assert _cuda.fits_two_factor(device, 512, 2).ok
+    assert "rank 100000" in _cuda.fits_two_factor(device, 100_000, 4).reason
 
 
 def test_mixed_settings_of_torch() -> None:

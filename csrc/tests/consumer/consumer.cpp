@@ -17,7 +17,7 @@ int main() {
   const at::Tensor x = at::randn({2, 17, 9, 11}), core = at::randn({7, 5, 3, 3});
   const at::Tensor factor_out = at::randn({13, 7}), factor_in = at::randn({17, 5}), bias = at::randn({13});
   const std::vector<int64_t> stride{2, 1}, padding{1, 1}, dilation{1, 1};
-  std::vector<c10::IValue> stack{x, core, factor_out, factor_in, bias, stride, padding, dilation};
+  std::vector<c10::IValue> stack{x, core, factor_out, factor_in, bias, stride, padding, dilation, false};
   op->callBoxed(stack);
   const at::Tensor y = stack.at(0).toTensor();
 

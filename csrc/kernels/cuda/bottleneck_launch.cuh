@@ -1,0 +1,32 @@
+// The bottleneck kernel's forms for one type of element; included by the file of that type.
+#pragma once
+
+#include "kernels/cuda/bottleneck.cuh"
+#include "kernels/cuda/bottleneck_launch.h"
+
+namespace tensorcomp::cuda {
+
+// 64 accumulators a thread at most, so that two blocks of 256 threads fit a multiprocessor's registers.
+template <typename E, int kM, int kN>
+TC_KERNEL(256, 2)
+bottleneck_kernel(const TC_GRID_CONSTANT BottleneckParams p) {
+  BottleneckBlock<E, kM, kN>(p).run();
+}
+
+template <typename E>
+cudaError_t launch_bottleneck_of(const BottleneckParams& p, int64_t blocks, cudaStream_t stream) {
+  const int threads = p.tile.warps * 32;
+  const size_t shared = static_cast<size_t>(p.tile.shared_bytes);
+  if (p.tile.blocks_m == 2 && p.tile.blocks_n == 4) {
+    return launch(&bottleneck_kernel<E, 2, 4>, blocks, threads, shared, stream, p);
+  }
+  if (p.tile.blocks_m == 2 && p.tile.blocks_n == 8) {
+    return launch(&bottleneck_kernel<E, 2, 8>, blocks, threads, shared, stream, p);
+  }
+  if (p.tile.blocks_m == 1 && p.tile.blocks_n == 16) {
+    return launch(&bottleneck_kernel<E, 1, 16>, blocks, threads, shared, stream, p);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace tensorcomp::cuda

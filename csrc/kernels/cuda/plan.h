@@ -1,0 +1,134 @@
+// How a problem is cut for a device; host code without CUDA.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/pixel_sum_shape.h"
+#include "kernels/cuda/tile.h"
+
+namespace tensorcomp::cuda {
+
+struct DeviceLimits {
+  int32_t multiprocessors = 132;
+  int32_t shared_per_block = 227 * 1024;  // opted in
+  int32_t shared_per_multiprocessor = 228 * 1024;
+};
+
+namespace detail {
+
+// Blocks of these tiles that run on a multiprocessor at once.
+inline int32_t resident_blocks(const Tile& tile, const DeviceLimits& device) {
+  constexpr int32_t kReserved = 1024;  // of shared memory, a block
+  constexpr int32_t kWarps = 16;       // of 128 registers a thread
+  return std::max(1, std::min(device.shared_per_multiprocessor / (tile.shared_bytes + kReserved), kWarps / tile.warps));
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Predicted clocks of a launch: rounds of resident tiles, each bound by its matrix instructions or its bytes. The
+// constants are rough figures of Hopper; they only rank tile sizes against each other.
+inline double predicted_clocks(const BottleneckParams& p, const DeviceLimits& device) {
+  constexpr double kClocksPerProduct = 2.0, kBytesPerClock = 20.0, kLatency = 2500.0;
+  const Tile& t = p.tile;
+  const int32_t bytes = element_bytes(p.element);
+  const double products = p.element == Element::kFloat32 ? 6.0 : p.element == Element::kTf32 ? 2.0 : 1.0;
+  const int64_t pixels = static_cast<int64_t>(t.images) * t.rows * t.columns;
+  const double region = static_cast<double>(ceil_div(t.region_rows, 16 * t.warps)) * t.warps;
+  const double blocks = static_cast<double>(ceil_div(pixels, 16 * t.warps)) * t.warps;
+  const double in = p.ring * ceil_div(p.rank_in, 8), out = p.ring * ceil_div(p.rank_out, 8);
+  double work = 0;
+  if (p.enter) work += region * ceil_div(p.c_in, 16) * in;
+  if (p.core == Core::kFull) work += blocks * p.h.taps * p.w.taps * ceil_div(p.rank_in, 16) * out;
+  if (p.core == Core::kDepthwise) work += blocks * p.h.taps * p.w.taps * out * 4;
+  if (p.leave) work += blocks * out / 2 * ceil_div(p.c_out, 8);
+  // Input is read again for every pass over the columns of a rank beyond the accumulators.
+  const double passes = p.enter ? static_cast<double>(ceil_div(p.ring * rank_padded(p.rank_in), 8 * t.blocks_n)) : 1.0;
+  const double moved = bytes * (t.region_rows * passes * p.c_in +
+                                static_cast<double>(pixels) * (p.leave ? p.c_out : p.ring * p.rank_out));
+  const double tile = std::max(kClocksPerProduct * products * work, moved / kBytesPerClock);
+  const int64_t tiles = t.tiles_n * t.tiles_h * t.tiles_w;
+  const int64_t together = std::min<int64_t>(resident_blocks(t, device), ceil_div(tiles, device.multiprocessors));
+  return static_cast<double>(ceil_div(tiles, device.multiprocessors * together)) * (together * tile + kLatency);
+}
+
+// Fills the tile's counts from its sizes; false where it does not fit the device.
+inline bool complete(BottleneckParams& p, const DeviceLimits& device) {
+  Tile& t = p.tile;
+  t.tiles_n = ceil_div(p.batch, t.images);
+  t.tiles_h = ceil_div(p.h.grid, t.rows);
+  t.tiles_w = ceil_div(p.w.grid, t.columns);
+  const int64_t h = p.core == Core::kNone ? t.rows : most_inputs(p.h, t.rows);
+  const int64_t w = p.core == Core::kNone ? t.columns : most_inputs(p.w, t.columns);
+  const int64_t region = ceil_div(t.images * h * w, 16) * 16;
+  const int64_t widest = std::max(rank_padded(p.rank_in), rank_padded(p.rank_out)) * static_cast<int64_t>(p.ring);
+  // Beyond this no layout fits, and its arithmetic in 32 bits could overflow.
+  if (region > 65536 || widest > 32768) return false;
+  t.region_rows = static_cast<int32_t>(region);
+  const int64_t u = (region + 1) * (widest * element_bytes(p.element) + kRowPadBytes);
+  if (u > device.shared_per_block) return false;
+  t.shared_bytes = shared_layout(p).total;
+  return t.shared_bytes <= device.shared_per_block;
+}
+
+}  // namespace detail
+
+// Chooses the tile of the least predicted time. False where not even the smallest one fits the device's shared memory.
+inline bool plan_tile(BottleneckParams& p, const DeviceLimits& device) {
+  if (p.batch == 0 || p.h.grid == 0 || p.w.grid == 0) {
+    p.tile = Tile();
+    return true;
+  }
+  const int32_t widest = std::max(p.rank_in, p.rank_out) * (p.core == Core::kFull ? 1 : p.ring);
+  Tile best;
+  double least = -1;
+  Tile form;
+  form.blocks_m = widest <= 64 ? 2 : 1;
+  form.blocks_n = widest <= 32 ? 4 : widest <= 64 ? 8 : 16;
+  for (const int32_t warps : {8, 4, 2, 1}) {
+    const int64_t most = static_cast<int64_t>(warps) * form.blocks_m * 16;
+    for (int64_t columns = 1;; columns = std::min(2 * columns, p.w.grid)) {
+      if (columns > most) break;
+      for (int64_t rows = 1;; rows = std::min(2 * rows, p.h.grid)) {
+        if (columns * rows > most) break;
+        // Sizes that cut the grid evenly, and as many images as fit where a tile holds whole ones.
+        form.warps = warps;
+        form.columns = static_cast<int32_t>(detail::ceil_div(p.w.grid, detail::ceil_div(p.w.grid, columns)));
+        form.rows = static_cast<int32_t>(detail::ceil_div(p.h.grid, detail::ceil_div(p.h.grid, rows)));
+        const int64_t images = rows == p.h.grid && columns == p.w.grid ? most / (rows * columns) : 1;
+        for (const int64_t n : {images, images / 2, int64_t{1}}) {
+          if (n < 1) continue;
+          form.images = static_cast<int32_t>(std::min(n, p.batch));
+          p.tile = form;
+          if (!detail::complete(p, device)) continue;
+          const double clocks = detail::predicted_clocks(p, device);
+          if (least < 0 || clocks < least) {
+            least = clocks;
+            best = p.tile;
+          }
+        }
+        if (rows == p.h.grid) break;
+      }
+      if (columns == p.w.grid) break;
+    }
+  }
+  p.tile = best;
+  return least >= 0;
+}
+
+// Blocks of a launch: each takes tiles in turn.
+inline int64_t launch_blocks(const BottleneckParams& p, const DeviceLimits& device) {
+  const int64_t tiles = p.tile.tiles_n * p.tile.tiles_h * p.tile.tiles_w;
+  return std::min<int64_t>(tiles,
+                           static_cast<int64_t>(device.multiprocessors) * detail::resident_blocks(p.tile, device));
+}
+
+// Splits of the pixels that fill the device about twice, each of at least eight chunks.
+inline int64_t plan_splits(PixelSumParams p, const DeviceLimits& device) {
+  p.splits = 1;
+  const int64_t blocks = sum_blocks(p), chunks = detail::ceil_div(p.batch * p.h.grid * p.w.grid, kSumPixels) * p.ring;
+  if (blocks == 0) return 1;
+  return std::max<int64_t>(1, std::min(detail::ceil_div(8 * device.multiprocessors, blocks), chunks / 8));
+}
+
+}  // namespace tensorcomp::cuda

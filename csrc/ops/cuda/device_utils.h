@@ -1,0 +1,151 @@
+// What the CUDA ops need from torch's stable interface and from the device.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/convolution.h"
+#include "ops/tensor_utils.h"
+
+// The emulator of the tests (csrc/tests/cuda) runs these ops on CPU tensors, under another namespace.
+#ifdef TENSORCOMP_EMULATE_CUDA
+#define TC_CUDA_OPS tensorcomp_emulated
+#define TC_CUDA_KEY CPU
+#define TC_CHECK_LAUNCH(call) STD_TORCH_CHECK((call) == cudaSuccess, "a launch failed")
+#else
+#define TC_CUDA_OPS tensorcomp
+#define TC_CUDA_KEY CUDA
+#define TC_CHECK_LAUNCH(call) STD_CUDA_CHECK(call)
+#endif
+
+namespace tensorcomp::ops::cuda {
+
+using namespace tensorcomp::cuda;
+
+#ifdef TENSORCOMP_EMULATE_CUDA
+
+struct CallDevice {
+  explicit CallDevice(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+  // Small, so that small problems make several tiles a block.
+  DeviceLimits limits() const { return {3, 163 * 1024, 164 * 1024}; }
+  bool old() const { return false; }
+};
+
+#else
+
+// Makes the device of a tensor the current one for a call.
+class CallDevice {
+ public:
+  explicit CallDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+  DeviceLimits limits() const {
+    return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  }
+  // Before Ampere there are neither asynchronous copies nor these matrix instructions.
+  bool old() const { return attribute(cudaDevAttrComputeCapabilityMajor) < 8; }
+
+ private:
+  int32_t attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index_));
+    return value;
+  }
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#endif
+
+inline std::string sizes_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+inline bool served(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+inline Element element_of(const Tensor& t, bool allow_tf32) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Element::kFloat16;
+    case ScalarType::BFloat16: return Element::kBfloat16;
+    default: return allow_tf32 ? Element::kTf32 : Element::kFloat32;
+  }
+}
+
+// Uninitialised memory from torch's allocator, on the device of `like`.
+template <size_t kDims>
+Tensor empty_on(const Tensor& like, const std::array<int64_t, kDims>& sizes, const std::array<int64_t, kDims>& strides,
+                int32_t dtype) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(kDims), sizes.data(), strides.data(),
+                                                         dtype, type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+inline Tensor bytes_on(const Tensor& like, size_t bytes) {
+  return empty_on<1>(like, {static_cast<int64_t>(bytes)}, {1}, aoti_torch_dtype_uint8());
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A dense tensor of up to four dimensions in the dtype of `like`.
+template <size_t kDims>
+Tensor contiguous_on(const Tensor& like, const std::array<int64_t, kDims>& sizes) {
+  std::array<int64_t, kDims> strides;
+  int64_t step = 1;
+  for (size_t d = kDims; d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  return empty_on<kDims>(like, sizes, strides, dtype_of(like));
+}
+
+inline Tensor image_on(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+  if (!channels_last) return contiguous_on<4>(like, {n, c, h, w});
+  const int64_t c1 = std::max<int64_t>(c, 1), h1 = std::max<int64_t>(h, 1), w1 = std::max<int64_t>(w, 1);
+  return empty_on<4>(like, {n, c, h, w}, {h1 * w1 * c1, 1, w1 * c1, c1}, dtype_of(like));
+}
+
+// Strides of an image that torch may have filled with anything where a size is one: of no meaning, but tested for
+// alignment and order.
+inline Strides4 image_strides(const Tensor& t) {
+  Strides4 s = strides4(t);
+  const bool one_channel = t.size(1) == 1;
+  if (one_channel) s.c = 1;
+  if (t.size(3) == 1) s.w = one_channel || s.c == 1 ? t.size(1) : 1;
+  if (t.size(2) == 1) s.h = s.w * t.size(3);
+  if (t.size(0) == 1) s.n = s.h * t.size(2);
+  return s;
+}
+
+inline Image image_of(const Tensor& t) { return {t.const_data_ptr(), image_strides(t)}; }
+
+// Both of a pair that may be given as one number.
+inline std::array<int64_t, 2> pair_of(const char* op, const char* argument, const std::vector<int64_t>& values) {
+  STD_TORCH_CHECK(values.size() == 1 || values.size() == 2, op, ": ", argument, " must be an int or a pair");
+  return {values[0], values[values.size() - 1]};
+}
+
+}  // namespace tensorcomp::ops::cuda

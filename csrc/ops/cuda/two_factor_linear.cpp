@@ -1,0 +1,229 @@
+// torch.ops.tensorcomp.two_factor_linear for CUDA, forward, backward and packed: a bottleneck without a core, whose
+// pixels are the rows.
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "ops/cuda/device_utils.h"
+
+namespace tensorcomp::ops::cuda {
+namespace {
+
+constexpr const char* kName = "two_factor_linear";
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+struct PairSizes {
+  int64_t out, rank, in;
+};
+
+Convolution pair_problem(const PairSizes& s, int64_t rows, Element element) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
+  for (const int64_t v : {s.out, s.rank, s.in}) {
+    STD_TORCH_CHECK(v >= 1 && v <= kMost, kName, ": features and rank must be in [1, ", kMost, "], got ", v);
+  }
+  Convolution c;
+  c.element = element;
+  c.core = Core::kNone;
+  c.width = c.out_width = rows;
+  c.c_in = static_cast<int32_t>(s.in);
+  c.rank_in = c.rank_out = static_cast<int32_t>(s.rank);
+  c.c_out = static_cast<int32_t>(s.out);
+  return c;
+}
+
+PairSizes checked_sizes(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), kName,
+                  ": a must be [out, R] and b [R, in], got ", sizes_of(a), " and ", sizes_of(b));
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.get_device_index() == b.get_device_index(), kName,
+                  ": a and b must have one dtype and lie on one device");
+  return {a.size(0), a.size(1), b.size(1)};
+}
+
+int64_t rows_of(const Tensor& x, const char* argument, int64_t features) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == features, kName, ": ", argument, " must be [..., ", features,
+                  "], got ", sizes_of(x));
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
+
+// Rows that lie at equal steps can be read where they are: the leading dimensions follow each other, of any stride.
+std::optional<Image> rows_image(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  int64_t step = x.size(last), expected = -1;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (x.size(d) == 1) continue;
+    if (expected < 0) step = x.stride(d);
+    if (expected >= 0 && x.stride(d) != expected) return std::nullopt;
+    expected = x.stride(d) * x.size(d);
+  }
+  const int64_t rows = x.numel() / std::max<int64_t>(x.size(last), 1);
+  const int64_t channel = x.size(last) == 1 ? 1 : x.stride(last);
+  return Image{x.const_data_ptr(), {rows * step, channel, rows * step, step}};
+}
+
+struct Rows {
+  explicit Rows(const Tensor& x) : kept(x) {
+    std::optional<Image> found = rows_image(x);
+    if (!found.has_value()) {
+      kept = torch::stable::contiguous(x);
+      found = rows_image(kept);
+    }
+    image = *found;
+  }
+  Tensor kept;
+  Image image;
+};
+
+// A dense tensor of x's leading sizes and `features`.
+Tensor rows_like(const Tensor& x, int64_t features) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
+  sizes.back() = features;
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype_of(x), type, x.get_device_index(),
+                                                         &handle));
+  return Tensor(handle);
+}
+
+Strides4 dense_rows(int64_t rows, int64_t features) { return {rows * features, 1, rows * features, features}; }
+
+Tensor packed_pair(const Convolution& c, const CallDevice& device, const Tensor& a, const Tensor& b) {
+  Tensor packed = bytes_on(a, packed_bytes(c));
+  // The kernels take both factors with the rank last.
+  const Tensor out = dense(a), in = torch::stable::contiguous(torch::stable::transpose(b, 0, 1));
+  TC_CHECK_LAUNCH(
+      pack(c, {nullptr, out.const_data_ptr(), in.const_data_ptr()}, packed.mutable_data_ptr(), device.stream()));
+  return packed;
+}
+
+Tensor run_pair(const Convolution& c, const CallDevice& device, const Tensor& x, const Tensor& packed,
+                const std::optional<Tensor>& bias) {
+  Tensor y = rows_like(x, c.c_out);
+  std::optional<Tensor> dense_bias;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c.c_out && bias->scalar_type() == x.scalar_type() &&
+                        bias->get_device_index() == x.get_device_index(),
+                    kName, ": bias must be [", c.c_out, "] in the dtype and on the device of x, got ", sizes_of(*bias));
+    dense_bias = dense(*bias);
+  }
+  if (y.numel() == 0) return y;
+  const Rows rows(x);
+  TC_CHECK_LAUNCH(forward(c, device.limits(), rows.image, packed.const_data_ptr(),
+                          dense_bias.has_value() ? dense_bias->const_data_ptr() : nullptr, false, y.mutable_data_ptr(),
+                          dense_rows(c.width, c.c_out), device.stream()));
+  return y;
+}
+
+bool kernels_take(const Convolution& c, const CallDevice& device) { return !device.old() && fits(c, device.limits()); }
+
+Tensor two_factor_linear(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias,
+                         bool allow_tf32) {
+  if (served(x)) {
+    const CallDevice device(x);
+    const PairSizes sizes = checked_sizes(a, b);
+    STD_TORCH_CHECK(a.scalar_type() == x.scalar_type() && a.get_device_index() == x.get_device_index(), kName,
+                    ": x and the factors must have one dtype and lie on one device");
+    const Convolution c = pair_problem(sizes, rows_of(x, "x", sizes.in), element_of(x, allow_tf32));
+    if (kernels_take(c, device)) return run_pair(c, device, x, packed_pair(c, device, a, b), bias);
+  }
+  using torch::stable::detail::from;
+  std::array<StableIValue, 5> stack{from(x), from(a), from(b), from(bias), from(allow_tf32)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("tensorcomp::two_factor_linear_reference", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Gradients of x, a, b and bias; those whose bit is not in `mask` are empty.
+Results two_factor_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& b, int64_t mask,
+                                   bool allow_tf32) {
+  const CallDevice device(x);
+  const PairSizes sizes = checked_sizes(a, b);
+  const int64_t rows = rows_of(x, "x", sizes.in);
+  STD_TORCH_CHECK(rows_of(grad, "grad", sizes.out) == rows && grad.scalar_type() == x.scalar_type() &&
+                      a.scalar_type() == x.scalar_type() && grad.get_device_index() == x.get_device_index() &&
+                      a.get_device_index() == x.get_device_index(),
+                  kName, ": grad must have the shape, dtype and device of the output");
+  const bool native = served(x);
+  const Convolution c = native ? pair_problem(sizes, rows, element_of(x, allow_tf32)) : Convolution();
+  if (!native || !kernels_take(c, device)) {
+    using torch::stable::detail::from;
+    using torch::stable::detail::to;
+    std::array<StableIValue, 6> stack{from(grad), from(x), from(a), from(b), from(mask), from(allow_tf32)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("tensorcomp::two_factor_linear_backward_reference", "", stack.data(), TORCH_ABI_VERSION));
+    return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3])};
+  }
+  const auto wanted = [mask](int bit) { return (mask >> bit & 1) != 0; };
+  const auto empty = [&] { return contiguous_on<1>(x, {0}); };
+  Tensor grad_x = wanted(0) ? rows_like(x, sizes.in) : empty();
+  Tensor grad_a = wanted(1) ? contiguous_on<2>(x, {sizes.out, sizes.rank}) : empty();
+  Tensor grad_b_rows = wanted(2) ? contiguous_on<2>(x, {sizes.in, sizes.rank}) : empty();
+  Tensor grad_bias = wanted(3) ? contiguous_on<1>(x, {sizes.out}) : empty();
+  const auto results = [&]() -> Results {
+    // b lies with the rank first, the kernels' gradient with the rank last.
+    Tensor grad_b = wanted(2) ? torch::stable::contiguous(torch::stable::transpose(grad_b_rows, 0, 1)) : grad_b_rows;
+    return {grad_x, grad_a, grad_b, grad_bias};
+  };
+  if (rows == 0) {
+    for (Tensor* t : {&grad_x, &grad_a, &grad_b_rows, &grad_bias}) torch::stable::zero_(*t);
+    return results();
+  }
+  Gradients g;
+  if (wanted(0)) {
+    g.x = grad_x.mutable_data_ptr();
+    g.x_strides = dense_rows(rows, sizes.in);
+  }
+  if (wanted(1)) g.factor_out = grad_a.mutable_data_ptr();
+  if (wanted(2)) g.factor_in = grad_b_rows.mutable_data_ptr();
+  if (wanted(3)) g.bias = grad_bias.mutable_data_ptr();
+  const DeviceLimits limits = device.limits();
+  Tensor scratch = bytes_on(x, backward_scratch(c, limits, g));
+  const Tensor out = dense(a), in = torch::stable::contiguous(torch::stable::transpose(b, 0, 1));
+  const Rows grad_rows(grad), x_rows(x);
+  TC_CHECK_LAUNCH(backward(c, limits, grad_rows.image, x_rows.image,
+                           {nullptr, out.const_data_ptr(), in.const_data_ptr()}, g, scratch.mutable_data_ptr(),
+                           device.stream()));
+  return results();
+}
+
+Tensor two_factor_linear_pack(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(served(a), kName, "_pack: factors must be float32, float16 or bfloat16");
+  const PairSizes sizes = checked_sizes(a, b);
+  const CallDevice device(a);
+  return packed_pair(pair_problem(sizes, 1, element_of(a, false)), device, a, b);
+}
+
+// sizes: out, rank, in, allow_tf32
+Tensor two_factor_linear_packed(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias,
+                                std::vector<int64_t> sizes) {
+  STD_TORCH_CHECK(sizes.size() == 4, kName, "_packed: sizes must hold 4 ints, got ", sizes.size());
+  STD_TORCH_CHECK(served(x), kName, "_packed: x must be float32, float16 or bfloat16");
+  const CallDevice device(x);
+  const Convolution c =
+      pair_problem({sizes[0], sizes[1], sizes[2]}, rows_of(x, "x", sizes[2]), element_of(x, sizes[3] != 0));
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                      packed.get_device_index() == x.get_device_index() &&
+                      packed.numel() == static_cast<int64_t>(packed_bytes(c)),
+                  kName, "_packed: the factors were packed for other sizes, another dtype or another device");
+  STD_TORCH_CHECK(kernels_take(c, device), kName, "_packed: the rank is too large for this device's shared memory");
+  return run_pair(c, device, x, packed, bias);
+}
+
+}  // namespace
+}  // namespace tensorcomp::ops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(TC_CUDA_OPS, TC_CUDA_KEY, m) {
+  m.impl("two_factor_linear", TORCH_BOX(&tensorcomp::ops::cuda::two_factor_linear));
+  m.impl("two_factor_linear_backward", TORCH_BOX(&tensorcomp::ops::cuda::two_factor_linear_backward));
+  m.impl("two_factor_linear_pack", TORCH_BOX(&tensorcomp::ops::cuda::two_factor_linear_pack));
+  m.impl("two_factor_linear_packed", TORCH_BOX(&tensorcomp::ops::cuda::two_factor_linear_packed));
+}
