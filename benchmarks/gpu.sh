@@ -11,14 +11,17 @@
 #   PYTHON        the interpreter (python3)
 #   GPU_SECONDS   time for everything together (530)
 #   GPU_STEPS     steps to run, all by default: build tests memcheck racecheck tucker2 pair network large
-#   GPU_DTYPES    dtypes of the suites (float16,tf32,bfloat16,float32)
+#   GPU_DTYPES    dtypes of the suites (float16,tf32); also bfloat16, float32
+#   GPU_LAYOUTS   layouts of suite tucker2 (nhwc); also nchw
+#   GPU_SUITE_SECONDS   time of each suite (tucker2 130, pair 50, network 70)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
 total=${GPU_SECONDS:-530}
 wanted=${GPU_STEPS:-build tests memcheck racecheck tucker2 pair network large}
-dtypes=${GPU_DTYPES:-float16,tf32,bfloat16,float32}
+dtypes=${GPU_DTYPES:-float16,tf32}
+layouts=${GPU_LAYOUTS:-nhwc}
 out=${1:-gpu-results}
 
 mkdir -p "$out" || exit 1
@@ -158,12 +161,12 @@ done
 
 suite() {
   asked "$1" || return 0
-  local name=$1 limit=$2
+  local name=$1 limit=${GPU_SUITE_SECONDS:-$2}
   shift 2
   step "$name" "$limit" "$python" -m tensorcomp_ext.bench --suite "$name" --device cuda --dtype "$dtypes" \
     --json "$out/$name.json" --limit '{limit}' "$@"
 }
-suite tucker2 130 --layout nhwc,nchw --seconds 0.1
+suite tucker2 130 --layout "$layouts" --seconds 0.1
 suite pair 50 --seconds 0.1
 suite network 70 --seconds 0.5
 

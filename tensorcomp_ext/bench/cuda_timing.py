@@ -36,7 +36,9 @@ class CudaClock:
 
     def __init__(self) -> None:
         size = max(FLUSH_BYTES, 2 * torch.cuda.get_device_properties().L2_cache_size)
-        self._buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
+        # Born under inference mode it could not be written in the rows of training.
+        with torch.inference_mode(False):
+            self._buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
 
     def flush(self) -> None:
         self._buffer.zero_()

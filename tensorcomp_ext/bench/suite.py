@@ -91,8 +91,13 @@ class Settings:
         return self.suite == "tucker2" and self.device == "cpu"
 
     def rows(self) -> list[tuple[AnyCase, str, int]]:
-        """Case, direction and threads of every row; the smallest groups together, threads outermost."""
+        """Case, direction and threads of every row; the smallest groups together, threads outermost.
+
+        On CUDA all rows of a case stand together: a run that reaches its limit has whole cases.
+        """
         cases = SUITES[self.suite].expand(self.cases, self.dtypes, self.layouts)
+        if self.device == "cuda":
+            return [(case, d, t) for t in self.threads for case in cases for d in self.directions]
         return [(case, d, t) for t in self.threads for d in self.directions for case in cases]
 
     def to_dict(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Suite:
 
 
 def _convolutions(device: str) -> list[Case]:
-    return development_cases() + (large_cases() if device == "cuda" else [])
+    return (large_cases() if device == "cuda" else []) + development_cases()
 
 
 SUITES: dict[str, Suite] = {
