@@ -1,6 +1,6 @@
-"""Compiles every .cu for sm_80, sm_90a and later ones the toolkit knows, and every CUDA binding, and links the
-whole CUDA op library.
+"""Compiles every CUDA kernel and binding, and links the whole CUDA op library.
 
+Kernels are compiled for sm_80, sm_90a and the later architectures the toolkit knows.
 It links against the installed torch, CPU-only or not; the result must hold code for every architecture, and
 need nothing that torch and the CUDA runtime do not provide.
 

@@ -157,7 +157,9 @@ def _shared_bytes(device: torch.device) -> int:
     """Shared memory a block can have; that of the largest where there is no device to ask (fake tensors)."""
     if not torch.cuda.is_available():
         return 227 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    # Not in every release of torch; every device of capability 8.0 has this much.
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
 
 
 @lru_cache(maxsize=4096)
