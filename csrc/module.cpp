@@ -9,14 +9,10 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cuda/convolution_shape.h"
 
 namespace py = pybind11;
 
@@ -99,36 +95,6 @@ py::dict build_info() {
   return info;
 }
 
-// The question the CUDA ops ask themselves at every call, for callers that want to know before.
-bool cuda_fits(const std::string& core, std::int32_t rank_in, std::int32_t rank_out, std::int32_t ring,
-               const std::pair<std::int32_t, std::int32_t>& kernel, const std::pair<std::int32_t, std::int32_t>& stride,
-               const std::pair<std::int32_t, std::int32_t>& dilation, int element_size, std::int32_t shared_bytes) {
-  using namespace tensorcomp::cuda;
-  if (core != "full" && core != "depthwise" && core != "none") {
-    throw py::value_error("cuda_fits: core must be 'full', 'depthwise' or 'none', got '" + core + "'");
-  }
-  if (std::min({rank_in, rank_out, ring, kernel.first, kernel.second, stride.first, stride.second, dilation.first,
-                dilation.second}) < 1) {
-    throw py::value_error("cuda_fits: ranks, ring, kernel, stride and dilation must be >= 1");
-  }
-  Convolution c;
-  c.element = element_size == 4 ? Element::kFloat32 : Element::kFloat16;
-  c.core = core == "full" ? Core::kFull : core == "depthwise" ? Core::kDepthwise : Core::kNone;
-  c.rank_in = rank_in;
-  c.rank_out = rank_out;
-  c.ring = ring;
-  std::tie(c.kernel_h, c.kernel_w) = kernel;
-  std::tie(c.stride_h, c.stride_w) = stride;
-  std::tie(c.dilation_h, c.dilation_w) = dilation;
-  // Of an image larger than any tile: what fits there fits everywhere.
-  c.height = c.width = c.out_height = c.out_width = core == "none" ? 1 : 1 << 16;
-  c.c_in = c.c_out = 8;
-  DeviceLimits device;
-  device.shared_per_block = shared_bytes;
-  device.shared_per_multiprocessor = shared_bytes;
-  return fits(c, device);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -138,9 +104,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Compiler, torch built against, oldest torch served, hash of the native sources, built with CUDA or "
         "not.");
-  m.def("cuda_fits", &cuda_fits, py::arg("core"), py::arg("rank_in"), py::arg("rank_out"), py::arg("ring"),
-        py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("element_size"), py::arg("shared_bytes"),
-        "Whether the CUDA kernels take these sizes on a device with so much shared memory a block.");
   m.def("isa", [] { return std::string(ops.isa()); }, "The instruction set in use.");
   m.def(
       "isa_available", [] { return split(ops.isa_available()); },

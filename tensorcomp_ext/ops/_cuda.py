@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -15,6 +14,8 @@ from ._conv_arguments import IntOrPair, resolve_geometry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of the CUDA kernels."""
+
+_NO_CORE = (0, 0)
 
 _is_compiling = torch.compiler.is_compiling
 _float32 = torch.float32
@@ -128,9 +129,8 @@ def fits_bottleneck(
         element_size: bytes of an entry, 4 or 2.
         depthwise: whether the core convolves each rank by itself.
     """
-    core = "depthwise" if depthwise else "full"
-    sizes = (rank_in, rank_out, ring, *kernel, *stride, *dilation)
-    if not _fits(core, sizes, element_size, _shared_bytes(device)):
+    sizes = [rank_in, rank_out, ring, *kernel, *stride, *dilation]
+    if not _fits(tuple(sizes), depthwise, element_size, _shared_bytes(device)):
         return Support(
             False,
             f"ranks ({rank_out}, {rank_in}) with kernel {list(kernel)}"
@@ -147,7 +147,7 @@ def fits_two_factor(device: torch.device, rank: int, element_size: int) -> Suppo
         rank: ``b`` is ``[rank, in]``, ``a`` is ``[out, rank]``.
         element_size: bytes of an entry, 4 or 2.
     """
-    if not _fits("none", (rank, rank, 1, 1, 1, 1, 1, 1, 1), element_size, _shared_bytes(device)):
+    if not _fits((rank, rank, 1, *_NO_CORE, 1, 1, 1, 1), False, element_size, _shared_bytes(device)):
         return Support(False, f"rank {rank} does not fit the shared memory of this device")
     return Support(True)
 
@@ -163,9 +163,6 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _fits(core: str, sizes: tuple[int, ...], element_size: int, shared_bytes: int) -> bool:
-    # The module exists wherever the CUDA library does, and is imported no sooner.
-    native = importlib.import_module("tensorcomp_ext._C")
-    rank_in, rank_out, ring, *window = sizes
-    pairs = (tuple(window[i : i + 2]) for i in (0, 2, 4))
-    return bool(native.cuda_fits(core, rank_in, rank_out, ring, *pairs, element_size, shared_bytes))
+def _fits(sizes: tuple[int, ...], depthwise: bool, element_size: int, shared_bytes: int) -> bool:
+    # Of the CPU library, which is there wherever the CUDA library is.
+    return bool(torch.ops.tensorcomp.cuda_fits(sizes, depthwise, element_size, shared_bytes))

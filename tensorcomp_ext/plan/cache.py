@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
 VERSION = 1
@@ -19,7 +18,12 @@ VERSION = 1
 def cache_directory() -> Path:
     """``TENSORCOMP_CACHE_DIR``, else the platform's user cache directory."""
     chosen = os.environ.get("TENSORCOMP_CACHE_DIR")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("tensorcomp_ext"))
+    if chosen:
+        return Path(chosen)
+    # Only here: a machine that names its own directory can do without the package.
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("tensorcomp_ext"))
 
 
 def hardware(device: str = "cpu") -> str:

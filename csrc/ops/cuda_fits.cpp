@@ -1,0 +1,59 @@
+// torch.ops.tensorcomp.cuda_fits: the question the CUDA ops ask themselves at every call, for callers that want to know
+// before. It needs no CUDA, and is here so that every build can answer it.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../kernels/cuda/convolution_shape.h"
+
+namespace tensorcomp::ops {
+namespace {
+
+// sizes: rank_in, rank_out, ring, kernel (2), stride (2), dilation (2). A kernel of 0 x 0 stands for no core.
+bool cuda_fits(std::vector<int64_t> sizes, bool depthwise, int64_t element_size, int64_t shared_bytes) {
+  using namespace tensorcomp::cuda;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
+  STD_TORCH_CHECK(sizes.size() == 9, "cuda_fits: sizes must hold 9 ints, got ", sizes.size());
+  const bool core = sizes[3] != 0 || sizes[4] != 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const bool kernel = i == 3 || i == 4;
+    STD_TORCH_CHECK(sizes[i] >= (kernel && !core ? 0 : 1), "cuda_fits: sizes must be >= 1, got ", sizes[i]);
+    if (sizes[i] > kMost) return false;
+  }
+  const auto at = [&](size_t i) { return static_cast<int32_t>(sizes[i]); };
+  Convolution c;
+  c.element = element_size == 4 ? Element::kFloat32 : Element::kFloat16;
+  c.core = !core ? Core::kNone : depthwise ? Core::kDepthwise : Core::kFull;
+  c.rank_in = at(0);
+  c.rank_out = at(1);
+  c.ring = at(2);
+  c.kernel_h = std::max(at(3), 1);
+  c.kernel_w = std::max(at(4), 1);
+  c.stride_h = at(5);
+  c.stride_w = at(6);
+  c.dilation_h = at(7);
+  c.dilation_w = at(8);
+  // Of an image larger than any tile: what fits there fits everywhere.
+  c.height = c.width = c.out_height = c.out_width = core ? 1 << 16 : 1;
+  c.c_in = c.c_out = 8;
+  DeviceLimits device;
+  device.shared_per_block = device.shared_per_multiprocessor =
+      static_cast<int32_t>(std::clamp<int64_t>(shared_bytes, 0, kMost));
+  return fits(c, device);
+}
+
+}  // namespace
+}  // namespace tensorcomp::ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
+  m.def("cuda_fits(int[] sizes, bool depthwise, int element_size, int shared_bytes) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tensorcomp, CompositeExplicitAutograd, m) {
+  m.impl("cuda_fits", TORCH_BOX(&tensorcomp::ops::cuda_fits));
+}
