@@ -102,15 +102,9 @@ note ok device "$SECONDS" "$("$python" -c 'import torch; print(torch.cuda.get_de
 
 export PYTHONUNBUFFERED=1 TENSORCOMP_CACHE_DIR=$out/cache PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 missing=()
-for module in numpy scipy safetensors platformdirs typing_extensions pytest; do
+for module in numpy scipy safetensors typing_extensions pytest; do
   has_module "$module" || missing+=("$module")
 done
-if [[ " ${missing[*]-} " == *' platformdirs '* ]]; then
-  # It is asked for one folder only, which TENSORCOMP_CACHE_DIR names here.
-  mkdir -p "$out/stand-ins"
-  printf 'def user_cache_dir(name):\n    raise RuntimeError("set TENSORCOMP_CACHE_DIR")\n' >"$out/stand-ins/platformdirs.py"
-  export PYTHONPATH=$PYTHONPATH:$out/stand-ins
-fi
 if ((${#missing[@]})); then
   note skipped packages 0 "not installed: ${missing[*]}"
 fi

@@ -20,7 +20,7 @@ class BottleneckBlock {
         layout(shared_layout(params)),
         shared(shared_memory()),
         lane(thread_index() % 32),
-        warp(thread_index() / 32),
+        warp(warp_index()),
         rows_at_once(params.tile.warps * kM * 16) {}
 
   TC_DEVICE void run() {
@@ -100,10 +100,7 @@ class BottleneckBlock {
       copy_commit();
     };
     const int blocks = my_blocks(rows);
-    // The last 8-column block may be padding, which stays zero.
-    const int32_t used = p.ring == 1 ? least(columns, rank_blocks(p.rank_in) * 8 - column) / 8 : columns / 8;
-    const Right right{static_cast<const Words4*>(p.enter_fragments), p.ring * rank_padded(p.rank_in) / 16, column / 16,
-                      used};
+    const Right right{static_cast<const Words4*>(p.enter_fragments), p.ring * rank_padded(p.rank_in) / 16, column / 16};
     Accumulators<kM, kN> acc;
     acc.clear();
 #pragma unroll
@@ -112,19 +109,20 @@ class BottleneckBlock {
       copy_wait<kChunkStages - 2>();
       sync_block();  // chunk c is there for all, and nobody reads chunk c - 1 any more
       load(c + kChunkStages - 1);
-      const char* rows_of[kM];
+      constexpr int kSteps = kChunkBytes / kStepBytes;
+      with_shape<kM, kN>(blocks, columns / 16, [&](auto b, auto n) {
 #pragma unroll
-      for (int s = 0; s < kChunkBytes / kStepBytes; ++s) {
-        const int32_t step = c * (kChunkBytes / kStepBytes) + s;
-        if (step < steps && blocks > 0) {
+        for (int s = 0; s < kSteps; ++s) {
+          if (c * kSteps + s >= steps) break;
+          const char* rows_of[kM];
 #pragma unroll
           for (int i = 0; i < kM; ++i) {
             rows_of[i] =
                 chunk(c % kChunkStages) + (block_row(i) + matrix_row()) * kChunkPitch + s * kStepBytes + matrix_bytes();
           }
-          multiply_step<E>(acc, rows_of, blocks, right, step, lane);
+          multiply_step<E, decltype(b)::value, decltype(n)::value>(acc, rows_of, right, c * kSteps + s, lane);
         }
-      }
+      });
     }
     copy_wait<0>();
     sync_block();  // the chunks' memory is free for the next columns, or for V
@@ -182,10 +180,9 @@ class BottleneckBlock {
     for (int32_t q = 0; q < p.ring; ++q) {
       for (int32_t column = 0; column < out; column += 8 * kN) {
         const int32_t columns = least(out - column, 8 * kN);
-        const int32_t used = least(columns, rank_blocks(p.rank_out) * 8 - column) / 8;
         Accumulators<kM, kN> acc;
         acc.clear();
-        core_columns(acc, anchor, blocks, q * in * kBytes, column / 16, used);
+        core_columns(acc, anchor, blocks, q * in * kBytes, column / 16, columns / 16);
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
           if (i < blocks) {
@@ -197,32 +194,39 @@ class BottleneckBlock {
     }
   }
 
-  static TC_DEVICE int32_t rank_blocks(int32_t rank) { return (rank + 7) / 8; }
-
   TC_DEVICE void core_columns(Accumulators<kM, kN>& acc, const Anchor (&anchor)[kM], int blocks, int32_t slice_bytes,
-                              int32_t pair, int32_t columns) {
+                              int32_t pair, int32_t used) {
     const int32_t pairs = rank_padded(p.rank_out) / 16, steps = steps_of(p.rank_in, kBytes);
     // As many steps as were packed: slices are padded to whole ones.
     const int32_t packed_steps = rank_padded(p.rank_in) * kBytes / kStepBytes;
     const int64_t tap_words = static_cast<int64_t>(packed_steps) * pairs * (kBytes == 4 ? 2 : 1) * 32;
-    const char* rows_of[kM];
-    for (int32_t y = 0; y < p.h.taps; ++y) {
-      for (int32_t x = 0; x < p.w.taps; ++x) {
-        const int32_t tap = (p.h.tap + y * p.h.tap_step) * p.kernel_w + p.w.tap + x * p.w.tap_step;
-        const Right right{static_cast<const Words4*>(p.core_fragments) + tap * tap_words, pairs, pair, columns};
-        const char* start[kM];
+    with_shape<kM, kN>(blocks, used, [&](auto b, auto n) {
+      for (int32_t y = 0; y < p.h.taps; ++y) {
+        for (int32_t x = 0; x < p.w.taps; ++x) {
+          const int32_t tap = (p.h.tap + y * p.h.tap_step) * p.kernel_w + p.w.tap + x * p.w.tap_step;
+          const Right right{static_cast<const Words4*>(p.core_fragments) + tap * tap_words, pairs, pair};
+          const char* start[kM];
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-          const int32_t row = region_row(span, anchor[i], y * p.h.gap, x * p.w.gap, p.tile.region_rows);
-          start[i] = shared + row * layout.u_pitch + slice_bytes + matrix_bytes();
-        }
-#pragma unroll 2
-        for (int32_t step = 0; step < steps; ++step) {
-#pragma unroll
-          for (int i = 0; i < kM; ++i) rows_of[i] = start[i] + step * kStepBytes;
-          multiply_step<E>(acc, rows_of, blocks, right, step, lane);
+          for (int i = 0; i < kM; ++i) {
+            const int32_t row = region_row(span, anchor[i], y * p.h.gap, x * p.w.gap, p.tile.region_rows);
+            start[i] = shared + row * layout.u_pitch + slice_bytes + matrix_bytes();
+          }
+          multiply_steps<decltype(b)::value, decltype(n)::value>(acc, start, right, steps);
         }
       }
+    });
+  }
+
+  // Steps that follow each other in shared memory.
+  template <int kBlocks, int kPairs>
+  TC_DEVICE void multiply_steps(Accumulators<kM, kN>& acc, const char* const (&start)[kM], const Right& right,
+                                int32_t steps) const {
+#pragma unroll 2
+    for (int32_t step = 0; step < steps; ++step) {
+      const char* rows_of[kM];
+#pragma unroll
+      for (int i = 0; i < kM; ++i) rows_of[i] = start[i] + step * kStepBytes;
+      multiply_step<E, kBlocks, kPairs>(acc, rows_of, right, step, lane);
     }
   }
 
@@ -289,18 +293,17 @@ class BottleneckBlock {
     const int32_t used = p.ring == 1 ? steps_of(p.rank_out, kBytes) : steps;
     for (int32_t column = 0; column < p.c_out; column += 8 * kN) {
       const int32_t columns = least((p.c_out - column + 7) / 8, kN);
-      const Right right{static_cast<const Words4*>(p.leave_fragments), pairs, column / 16, columns};
+      const Right right{static_cast<const Words4*>(p.leave_fragments), pairs, column / 16};
       Accumulators<kM, kN> acc;
       acc.clear();
-      const char* rows_of[kM];
-#pragma unroll 2
-      for (int32_t step = 0; step < used; ++step) {
+      const char* start[kM];
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-          rows_of[i] = last_rows() + (block_row(i) + matrix_row()) * last_pitch() + step * kStepBytes + matrix_bytes();
-        }
-        multiply_step<E>(acc, rows_of, blocks, right, step, lane);
+      for (int i = 0; i < kM; ++i) {
+        start[i] = last_rows() + (block_row(i) + matrix_row()) * last_pitch() + matrix_bytes();
       }
+      with_shape<kM, kN>(blocks, (columns + 1) / 2, [&](auto b, auto n) {
+        multiply_steps<decltype(b)::value, decltype(n)::value>(acc, start, right, used);
+      });
       if (p.bias != nullptr) add_bias(acc, column, columns);
       char* out = shared + (p.core == Core::kNone ? layout.second : 0);
 #pragma unroll

@@ -45,15 +45,13 @@ inline BottleneckParams problem(const Convolution& c) {
 // Whether the device's shared memory holds the tiles of forward and backward. False only for very large ranks.
 inline bool fits(const Convolution& c, const DeviceLimits& device) {
   BottleneckParams there = detail::problem(c);
-  if (!plan_tile(there, device)) return false;
-  Convolution back = c;
-  std::swap(back.height, back.out_height);
-  std::swap(back.width, back.out_width);
+  if (!detail::smallest_tile(there, device)) return false;
+  // Backward: the ranks change sides, and each phase of the stride gathers as much as stride 1 or less.
+  BottleneckParams back = there;
   std::swap(back.rank_in, back.rank_out);
   std::swap(back.c_in, back.c_out);
-  back.stride_h = back.stride_w = 1;
-  BottleneckParams gradient = detail::problem(back);
-  return plan_tile(gradient, device);
+  back.h.step = back.w.step = 1;
+  return detail::smallest_tile(back, device);
 }
 
 }  // namespace tensorcomp::cuda

@@ -23,6 +23,8 @@
 namespace tensorcomp::cuda {
 
 TC_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same for all threads of a warp, and the compiler knows.
+TC_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
 TC_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 TC_DEVICE int64_t block_index() { return blockIdx.x; }
 TC_DEVICE int64_t grid_blocks() { return gridDim.x; }

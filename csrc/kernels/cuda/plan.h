@@ -26,30 +26,34 @@ inline int32_t resident_blocks(const Tile& tile, const DeviceLimits& device) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Predicted clocks of a launch: rounds of resident tiles, each bound by its matrix instructions or its bytes. The
-// constants are rough figures of Hopper; they only rank tile sizes against each other.
+// Predicted clocks of a launch: rounds of resident tiles, each bound by matrix instructions, by bytes, or by what one
+// tile takes from its first load to its last store. The constants are rough figures of Hopper; they only rank tile
+// sizes against each other.
 inline double predicted_clocks(const BottleneckParams& p, const DeviceLimits& device) {
-  constexpr double kClocksPerProduct = 2.0, kBytesPerClock = 20.0, kLatency = 2500.0;
+  constexpr double kClocksPerProduct = 2.0, kBytesPerClock = 20.0, kCachedBytesPerClock = 40.0, kLatency = 2500.0;
   const Tile& t = p.tile;
   const int32_t bytes = element_bytes(p.element);
   const double products = p.element == Element::kFloat32 ? 6.0 : p.element == Element::kTf32 ? 2.0 : 1.0;
-  const int64_t pixels = static_cast<int64_t>(t.images) * t.rows * t.columns;
-  const double region = static_cast<double>(ceil_div(t.region_rows, 16 * t.warps)) * t.warps;
-  const double blocks = static_cast<double>(ceil_div(pixels, 16 * t.warps)) * t.warps;
-  const double in = p.ring * ceil_div(p.rank_in, 8), out = p.ring * ceil_div(p.rank_out, 8);
+  const int32_t pixels = t.images * t.rows * t.columns, rows = 16 * t.warps;
+  const double region = (t.region_rows + rows - 1) / rows * t.warps, blocks = (pixels + rows - 1) / rows * t.warps;
+  const double in = p.ring * ((p.rank_in + 7) / 8), out = p.ring * ((p.rank_out + 7) / 8);
   double work = 0;
-  if (p.enter) work += region * ceil_div(p.c_in, 16) * in;
-  if (p.core == Core::kFull) work += blocks * p.h.taps * p.w.taps * ceil_div(p.rank_in, 16) * out;
+  if (p.enter) work += region * ((p.c_in + 15) / 16) * in;
+  if (p.core == Core::kFull) work += blocks * p.h.taps * p.w.taps * ((p.rank_in + 15) / 16) * out;
   if (p.core == Core::kDepthwise) work += blocks * p.h.taps * p.w.taps * out * 4;
-  if (p.leave) work += blocks * out / 2 * ceil_div(p.c_out, 8);
-  // Input is read again for every pass over the columns of a rank beyond the accumulators.
-  const double passes = p.enter ? static_cast<double>(ceil_div(p.ring * rank_padded(p.rank_in), 8 * t.blocks_n)) : 1.0;
-  const double moved = bytes * (t.region_rows * passes * p.c_in +
-                                static_cast<double>(pixels) * (p.leave ? p.c_out : p.ring * p.rank_out));
-  const double tile = std::max(kClocksPerProduct * products * work, moved / kBytesPerClock);
+  if (p.leave) work += blocks * out / 2 * ((p.c_out + 7) / 8);
+  const double matrix = kClocksPerProduct * products * work;
+  // What neighbouring tiles and further passes over the columns of a rank read again comes from the cache.
+  const int32_t columns = 8 * t.blocks_n;
+  const double passes = p.enter ? (p.ring * rank_padded(p.rank_in) + columns - 1) / columns : 1;
+  const double once = static_cast<double>(std::min(pixels, t.region_rows)) * p.c_in +
+                      static_cast<double>(pixels) * (p.leave ? p.c_out : p.ring * p.rank_out);
+  const double again = (t.region_rows * passes - std::min(pixels, t.region_rows)) * p.c_in;
+  const double memory = bytes * (once / kBytesPerClock + again / kCachedBytesPerClock);
   const int64_t tiles = t.tiles_n * t.tiles_h * t.tiles_w;
   const int64_t together = std::min<int64_t>(resident_blocks(t, device), ceil_div(tiles, device.multiprocessors));
-  return static_cast<double>(ceil_div(tiles, device.multiprocessors * together)) * (together * tile + kLatency);
+  const double round = std::max({together * matrix, together * memory, kLatency + matrix + memory});
+  return static_cast<double>(ceil_div(tiles, device.multiprocessors * together)) * round;
 }
 
 // Fills the tile's counts from its sizes; false where it does not fit the device.
@@ -73,44 +77,70 @@ inline bool complete(BottleneckParams& p, const DeviceLimits& device) {
 
 }  // namespace detail
 
-// Chooses the tile of the least predicted time. False where not even the smallest one fits the device's shared memory.
+namespace detail {
+
+// Accumulators a warp holds, for the wider of the ranks.
+inline Tile tile_form(const BottleneckParams& p) {
+  const int32_t widest = std::max(p.rank_in, p.rank_out) * (p.core == Core::kFull ? 1 : p.ring);
+  Tile form;
+  form.blocks_m = widest <= 64 ? 2 : 1;
+  form.blocks_n = widest <= 32 ? 4 : widest <= 64 ? 8 : 16;
+  return form;
+}
+
+// The smallest tile there is: one position, one warp.
+inline bool smallest_tile(BottleneckParams& p, const DeviceLimits& device) {
+  p.tile = tile_form(p);
+  p.tile.warps = 1;
+  return complete(p, device);
+}
+
+// A part of `size` in equal parts of at most `most`.
+inline int32_t even_part(int64_t size, int64_t most) {
+  return static_cast<int32_t>(ceil_div(size, ceil_div(size, most)));
+}
+
+}  // namespace detail
+
+// Chooses the tile of the least predicted time, among a dozen: every launch pays for the choice. False where not even
+// the smallest one fits the device's shared memory.
 inline bool plan_tile(BottleneckParams& p, const DeviceLimits& device) {
   if (p.batch == 0 || p.h.grid == 0 || p.w.grid == 0) {
     p.tile = Tile();
     return true;
   }
-  const int32_t widest = std::max(p.rank_in, p.rank_out) * (p.core == Core::kFull ? 1 : p.ring);
-  Tile best;
+  Tile form = detail::tile_form(p), best;
   double least = -1;
-  Tile form;
-  form.blocks_m = widest <= 64 ? 2 : 1;
-  form.blocks_n = widest <= 32 ? 4 : widest <= 64 ? 8 : 16;
-  for (const int32_t warps : {8, 4, 2, 1}) {
+  for (const int32_t warps : {8, 4, 2}) {
     const int64_t most = static_cast<int64_t>(warps) * form.blocks_m * 16;
-    for (int64_t columns = 1;; columns = std::min(2 * columns, p.w.grid)) {
-      if (columns > most) break;
-      for (int64_t rows = 1;; rows = std::min(2 * rows, p.h.grid)) {
-        if (columns * rows > most) break;
-        // Sizes that cut the grid evenly, and as many images as fit where a tile holds whole ones.
-        form.warps = warps;
-        form.columns = static_cast<int32_t>(detail::ceil_div(p.w.grid, detail::ceil_div(p.w.grid, columns)));
-        form.rows = static_cast<int32_t>(detail::ceil_div(p.h.grid, detail::ceil_div(p.h.grid, rows)));
-        const int64_t images = rows == p.h.grid && columns == p.w.grid ? most / (rows * columns) : 1;
-        for (const int64_t n : {images, images / 2, int64_t{1}}) {
-          if (n < 1) continue;
-          form.images = static_cast<int32_t>(std::min(n, p.batch));
-          p.tile = form;
-          if (!detail::complete(p, device)) continue;
-          const double clocks = detail::predicted_clocks(p, device);
-          if (least < 0 || clocks < least) {
-            least = clocks;
-            best = p.tile;
-          }
-        }
-        if (rows == p.h.grid) break;
+    int32_t tried = 0;
+    for (const int64_t wanted : {most, int64_t{32}, int64_t{16}, int64_t{8}}) {
+      const int32_t columns = detail::even_part(p.w.grid, std::min(wanted, most));
+      if (columns == tried) continue;
+      tried = columns;
+      const int32_t rows = detail::even_part(p.h.grid, most / columns);
+      const bool whole = rows == p.h.grid && columns == p.w.grid;
+      form.warps = warps;
+      form.columns = columns;
+      form.rows = rows;
+      form.images = whole ? detail::even_part(p.batch, most / (static_cast<int64_t>(rows) * columns)) : 1;
+      p.tile = form;
+      if (!detail::complete(p, device)) continue;
+      const double clocks = detail::predicted_clocks(p, device);
+      if (least < 0 || clocks < least) {
+        least = clocks;
+        best = p.tile;
       }
-      if (columns == p.w.grid) break;
     }
+  }
+  // Ranks so large that none of these fits: fewer and fewer rows and columns.
+  for (int32_t size = 32; least < 0 && size >= 1; size /= 2) {
+    form.warps = 1;
+    form.images = 1;
+    form.rows = std::min<int64_t>(p.h.grid, size / 4 < 1 ? 1 : size / 4);
+    form.columns = std::min<int64_t>(p.w.grid, size < 4 ? size : 4);
+    p.tile = form;
+    if (detail::complete(p, device)) return true;
   }
   p.tile = best;
   return least >= 0;

@@ -20,47 +20,64 @@ struct Accumulators {
   }
 };
 
-// Which part of a packed matrix a product reads: `columns` 8-column blocks from fragment column `pair` on.
+// Which part of a packed matrix a product reads: all its steps, from fragment column `pair` on.
 struct Right {
   const Words4* fragments;
-  int32_t pairs;    // fragments from step to step
-  int32_t pair;     // first one read
-  int32_t columns;  // 8-column blocks in use, at most those of the accumulators
+  int32_t pairs;  // fragments from step to step
+  int32_t pair;   // first one read
 };
 
-// acc += A B over one step: `rows[i]` is this thread's ldmatrix row of block i, at the step's 32 bytes.
-template <typename E, int kM, int kN>
-TC_DEVICE void multiply_step(Accumulators<kM, kN>& acc, const char* const (&rows)[kM], int blocks, const Right& right,
-                             int32_t step, int lane) {
-  Left<E> left[kM];
-#pragma unroll
-  for (int i = 0; i < kM; ++i) {
-    if (i < blocks) {
-      load_matrices(left[i].a, rows[i]);
-      left[i].prepare();
-    }
-  }
-  const int64_t parts = sizeof(typename E::Storage) == 4 ? 2 : 1;
+// acc += A B over one step, for the first kBlocks blocks of rows and kPairs pairs of 8-column blocks: straight code,
+// so that the loads of a step are on their way together. `rows[i]` is this thread's ldmatrix row of block i.
+template <typename E, int kBlocks, int kPairs, int kM, int kN>
+TC_DEVICE void multiply_step(Accumulators<kM, kN>& acc, const char* const (&rows)[kM], const Right& right, int32_t step,
+                             int lane) {
+  constexpr int kParts = sizeof(typename E::Storage) == 4 ? 2 : 1;
   const Words4* fragment =
-      right.fragments + (static_cast<int64_t>(step) * right.pairs + right.pair) * parts * 32 + lane;
+      right.fragments + (static_cast<int64_t>(step) * right.pairs + right.pair) * kParts * 32 + lane;
+  Words4 high[kPairs], low[kPairs];
 #pragma unroll
-  for (int j = 0; j < kN; j += 2) {
-    if (j >= right.columns) break;
-    const Words4 high = load_constant(fragment + j / 2 * parts * 32);
-    Words4 low = high;
-    if (E::kParts == 2) low = load_constant(fragment + j / 2 * parts * 32 + 32);
+  for (int j = 0; j < kPairs; ++j) {
+    high[j] = load_constant(fragment + j * kParts * 32);
+    low[j] = E::kParts == 2 ? load_constant(fragment + j * kParts * 32 + 32) : high[j];
+  }
+  Left<E> left[kBlocks];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (j + half < right.columns) {
-        const uint32_t b[2] = {high.word[2 * half], high.word[2 * half + 1]};
-        const uint32_t b_low[2] = {low.word[2 * half], low.word[2 * half + 1]};
+  for (int i = 0; i < kBlocks; ++i) {
+    load_matrices(left[i].a, rows[i]);
+    left[i].prepare();
+  }
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-          if (i < blocks) left[i].multiply(acc.value[i][j + half], b, b_low);
-        }
-      }
+  for (int j = 0; j < 2 * kPairs; ++j) {
+    const uint32_t b[2] = {high[j / 2].word[j % 2 * 2], high[j / 2].word[j % 2 * 2 + 1]};
+    const uint32_t b_low[2] = {low[j / 2].word[j % 2 * 2], low[j / 2].word[j % 2 * 2 + 1]};
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) left[i].multiply(acc.value[i][j], b, b_low);
+  }
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls `body` with a number of 1 to kMost as a constant.
+template <int kMost, typename Body>
+TC_DEVICE void with_constant(int number, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (number < kMost) {
+      with_constant<kMost - 1>(number, body);
+      return;
     }
   }
+  body(Constant<kMost>{});
+}
+
+// Calls `body` with the blocks of rows and the pairs of columns in use as constants; with no rows, not at all.
+template <int kM, int kN, typename Body>
+TC_DEVICE void with_shape(int blocks, int pairs, const Body& body) {
+  if (blocks == 0) return;
+  with_constant<kM>(blocks, [&](auto b) { with_constant<kN / 2>(pairs, [&](auto n) { body(b, n); }); });
 }
 
 // Two neighbouring elements, aligned.

@@ -60,6 +60,7 @@ void mma_tf32(void* const* arguments);
 }  // namespace emulation
 
 inline int thread_index() { return emulation::thread(); }
+inline int warp_index() { return emulation::thread() / 32; }
 inline int block_threads() { return emulation::threads(); }
 inline int64_t block_index() { return emulation::block(); }
 inline int64_t grid_blocks() { return emulation::blocks(); }
