@@ -37,6 +37,8 @@ class Plan(ABC):
     """One way of executing a factorized layer. Plans are stateless; what they cache lies with the layer."""
 
     name: ClassVar[str]
+    own_kernels: ClassVar[bool] = False
+    """Whether kernels of this package run in it, not the library's alone."""
 
     @abstractmethod
     def serves(self, layer: PlannedLayer) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..ops import Support
@@ -19,6 +21,8 @@ _FORMS: tuple[Plan, ...] = (FusedConv(), FusedPair())
 @register_plan("fused")
 class Fused(Plan):
     """Two-dimensional bottleneck convolutions and two-factor linear layers; inference packs weights once."""
+
+    own_kernels: ClassVar[bool] = True
 
     def serves(self, layer: PlannedLayer) -> bool:
         return any(form.serves(layer) for form in _FORMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Partial(Plan):
     it once, at the price of writing and reading the rank-space activations. Where gradients, a transform or
     torch.compile look on, the library's stages run.
     """
+
+    own_kernels: ClassVar[bool] = True
 
     def serves(self, layer: PlannedLayer) -> bool:
         return is_bottleneck(layer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..ops import Support
+from .agree import TRIED_DEVICES
 from .base import Candidate, Plan, get_plan, plans_for
 from .case import Case
 from .cost import predict
@@ -50,7 +51,13 @@ def choose(layer: PlannedLayer, case: Case) -> Plan:
         for plan in able:
             if plan.name == tuned[0]:
                 return plan
-    return min(able, key=lambda plan: predict(plan, layer, case))
+    tried = [plan for plan in able if not _untried(plan, case.device)]
+    return min(tried, key=lambda plan: predict(plan, layer, case))
+
+
+def _untried(plan: Plan, device: str) -> bool:
+    """Whether a plan's kernels have yet to be compared with the library on a type of device."""
+    return plan.own_kernels and device not in TRIED_DEVICES
 
 
 def candidates(layer: PlannedLayer, case: Case) -> list[Candidate]:
@@ -76,7 +83,12 @@ def candidates(layer: PlannedLayer, case: Case) -> list[Candidate]:
                 measured=medians.get(name),
                 available=supports[name],
                 chosen=name == chosen,
-                reason=_reason(name, chosen, forced, tuned, supports[name], medians, predicted),
+                reason=_reason(name, chosen, forced, tuned, supports[name], medians, predicted)
+                if name in medians
+                or forced is not None
+                or not supports[name].ok
+                or not _untried(plan, case.device)
+                else "tune compares its results with the library's before it is chosen here",
             )
         )
     return sorted(found, key=lambda c: (not c.chosen, not c.available.ok, c.measured or c.predicted))
@@ -128,6 +140,12 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
     dtype = str(weight.factors[0].dtype).removeprefix("torch.")
     case = Case(sizes, dtype, "contiguous", weight.factors[0].device.type, training, 1, layer.prefer)
     # Of two large products the library's are hard to beat; without a shape nothing tells how large they are.
-    if layer.geometry.spatial and "fused" in names and get_plan("fused").support(layer, case).ok:
+    fused = get_plan("fused")
+    if (
+        layer.geometry.spatial
+        and "fused" in names
+        and not _untried(fused, case.device)
+        and fused.support(layer, case).ok
+    ):
         return "fused"
     return "staged"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .agree import TRIED_DEVICES, disagreements
 from .base import get_plan, plans_for
 from .case import Case
 from .clock import clock_for
@@ -60,6 +61,7 @@ def tune(
     On CUDA, calls are timed by events on the current stream, with a cold second-level cache. The time to
     launch a call counts where it is longer than the device's work, as in a network whose layers are called
     one by one; a network served under CUDA graphs launches nothing, and ``cuda_graphs`` tunes for that.
+    There, a plan of the package's own kernels takes part only if its results are the library's.
 
     Args:
         model: a model with factorized layers, or such a layer.
@@ -184,6 +186,10 @@ def _measure(
         else:
             unavailable[plan.name] = support.reason
     with torch.enable_grad() if training else torch.inference_mode():
+        if x.device.type not in TRIED_DEVICES:
+            wrong = disagreements(calls)
+            unavailable |= wrong
+            calls = {name: call for name, call in calls.items() if name not in wrong}
         if not cuda_graphs:
             return time_interleaved(calls, seconds, x.device), unavailable
         calls, refused = captured(calls, x.device)

@@ -23,6 +23,7 @@ from tensorcomp_ext.plan import (
     partial,
     parts,
     rates,
+    select,
 )
 from tensorcomp_ext.plan import layer as layer_module
 from tensorcomp_ext.plan.fused_pair import FusedPair
@@ -254,6 +255,7 @@ def test_the_cost_model_knows_the_kinds_of_cuda(best: str, monkeypatch: pytest.M
     speeds = dict.fromkeys(("conv", "pointwise", "linear", "fused", "partial"), 1e10)
     speeds["conv" if best == "dense" else best] = 1e12
     monkeypatch.setattr(cost, "rates", lambda *_: rates_of(**speeds))
+    monkeypatch.setattr(select, "TRIED_DEVICES", ("cpu", "cuda"))
     for cls in (Partial, type(get_plan("fused"))):
         monkeypatch.setattr(cls, "support", lambda *_: Support(True))
     assert choose(layer, on_cuda(layer, x)).name == best

@@ -250,6 +250,8 @@ void copy(void* to, const void* from, int bytes) {
   if (bytes != 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     fail("an asynchronous copy from an address not aligned to 16 bytes");
   }
+  // On its way, it may have arrived or not: whoever still reads what was there before reads NaN.
+  std::memset(to, 0xff, 16);
   self().open.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes});
 }
 

@@ -1,10 +1,10 @@
 // Runs CUDA kernels as plain C++, one thread of a block after the other, so that they are tested where there is no GPU.
 //
 // Every thread of a block is a fiber that runs until the next point where threads meet. Blocks run one after another.
-// It is stricter than a device where that finds mistakes: shared memory starts as NaN, asynchronous copies arrive at
-// the wait that guarantees them and no sooner, the order of threads between two meetings is the caller's choice (what
-// depends on it is a race), and threads of a warp that meet at different places are an error. Built with the address
-// sanitizer, every access beyond a buffer is one too.
+// It is stricter than a device where that finds mistakes: shared memory starts as NaN, asynchronous copies
+// leave NaN when they set out and arrive at the wait that guarantees them, no sooner, the order of threads between two
+// meetings is the caller's choice (what depends on it is a race), and threads of a warp that meet at different places
+// are an error. Built with the address sanitizer, every access beyond a buffer is one too.
 #pragma once
 
 #include <cstddef>
