@@ -113,15 +113,17 @@ struct PackDepthwiseParams {
   void* to = nullptr;
 };
 
-// partial[split][tap][m][n] = sum over the split's share of ring indices q and grid pixels p of
+// partial[split][tap * m_pitch + m][n] = sum over the split's share of ring indices q and grid pixels p of
 //   a[image, input(p, tap), q * a_slice + m] * b[image, output(p), q * b_slice + n]
-// and, where partial_bias is not null, partial_bias[split][m] = sum of a. a_slice and b_slice are channels from one
-// ring index to the next. With `diagonal` only tiles of m == n are computed.
+// and, where partial_bias is not null (one tap), partial_bias[split][m] = sum of a. a_slice and b_slice are channels
+// from one ring index to the next. Taps lie side by side in the rows of the result, so that a tile of it holds several
+// of a small rank. With `diagonal` only tiles that hold elements of m == n are computed.
 struct PixelSumParams {
   Element element = Element::kFloat32;
   int64_t batch = 0;
   Axis h, w;
   int32_t m = 0, n = 0, ring = 1;
+  int32_t m_pitch = 0;  // sum_row_pitch(m, diagonal), at least m
   int64_t a_slice = 0, b_slice = 0;
   const void* a = nullptr;
   const void* b = nullptr;
@@ -133,11 +135,11 @@ struct PixelSumParams {
 };
 
 // out[m * stride_m + column(n) * stride_n + tap_h * stride_h + tap_w * stride_w] = sum of partial over splits, where
-// columns are numbered without the padding of ring slices; depthwise (diagonal): one element a rank.
+// columns are numbered without the padding of ring slices; depthwise (diagonal): one element a rank and tap.
 struct PixelSumFinishParams {
   Element element = Element::kFloat32;
   int64_t splits = 1;
-  int32_t taps_h = 1, taps_w = 1, m = 0, n = 0;
+  int32_t taps_h = 1, taps_w = 1, m = 0, n = 0, m_pitch = 0;
   int32_t slice = 0, slice_padded = 0;  // of n; slice == slice_padded where nothing is padded
   bool diagonal = false;
   const float* partial = nullptr;

@@ -26,6 +26,7 @@ PixelSumParams sum_problem(const Convolution& c, int64_t height, int64_t width, 
   p.h = pixel_axis(height);
   p.w = pixel_axis(width);
   p.m = m;
+  p.m_pitch = sum_row_pitch(m, false);
   p.n = n;
   return p;
 }
@@ -47,12 +48,12 @@ PixelSumParams sum_core(const Convolution& c) {
   p.a_strides = dense_strides(c.height, c.width, padded_in(c));
   p.b_strides = dense_strides(c.out_height, c.out_width, padded_out(c));
   p.diagonal = c.core == Core::kDepthwise;
+  p.m_pitch = sum_row_pitch(p.m, p.diagonal);
   return p;
 }
 
 size_t partial_floats(const PixelSumParams& p, const DeviceLimits& device) {
-  return static_cast<size_t>(plan_splits(p, device)) * static_cast<size_t>(p.h.taps) * static_cast<size_t>(p.w.taps) *
-         static_cast<size_t>(p.m) * static_cast<size_t>(p.n);
+  return static_cast<size_t>(plan_splits(p, device)) * static_cast<size_t>(sum_rows(p)) * static_cast<size_t>(p.n);
 }
 
 Backward backward_parts(const Convolution& c, const DeviceLimits& device, const Gradients& wanted, Arena& arena) {
@@ -160,6 +161,7 @@ cudaError_t sum(PixelSumParams p, PixelSumFinishParams f, const DeviceLimits& de
   f.taps_w = p.w.taps;
   f.m = p.m;
   f.n = p.n;
+  f.m_pitch = p.m_pitch;
   f.diagonal = p.diagonal;
   f.partial = p.partial;
   f.partial_bias = p.partial_bias;

@@ -16,11 +16,9 @@ cudaError_t launch_pixel_sum_finish(const PixelSumFinishParams& params, cudaStre
   int64_t count = static_cast<int64_t>(params.taps_h) * params.taps_w * params.m * columns;
   if (params.out == nullptr) count = 0;
   if (params.out_bias != nullptr) count += params.m;
-  constexpr int kThreads = 256;
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
   return with_element(params.element, [&](auto e) {
-    return launch(&pixel_sum_finish_kernel<decltype(e)>, blocks < 8192 ? blocks : 8192, kThreads, 0, stream, params,
-                  count);
+    return launch(&pixel_sum_finish_kernel<decltype(e)>, (count + 31) / 32, kFinishWarps * 32,
+                  kFinishWarps * 32 * sizeof(float), stream, params, count);
   });
 }
 

@@ -62,14 +62,18 @@ class PixelSumBlock {
         work(sum_work(params, block_index())),
         shared(shared_memory()),
         lane(thread_index() % 32),
-        warp(thread_index() / 32),
-        pixels(params.batch * params.h.grid * params.w.grid) {}
+        warp(warp_index()),
+        pixels(params.batch * params.h.grid * params.w.grid) {
+    // Copied piece by piece, whatever a thread loads has the same channels, and with them the same tap.
+    a_side = left_side(thread_index() % kPieces);
+    b_side = right_side(thread_index() % kPieces);
+  }
 
   TC_DEVICE void run() {
     const int64_t chunks = (pixels + kSumPixels - 1) / kSumPixels, all = chunks * p.ring;
     const int64_t share = (all + p.splits - 1) / p.splits;
     const int64_t begin = work.split * share, end = begin + share < all ? begin + share : all;
-    const bool sums_bias = p.partial_bias != nullptr && work.n == 0 && work.tap_h == 0 && work.tap_w == 0;
+    const bool sums_bias = p.partial_bias != nullptr && work.n == 0;
     Accumulators<2, 4> acc;
     acc.clear();
     float bias = 0.0f;
@@ -96,53 +100,94 @@ class PixelSumBlock {
   TC_DEVICE char* a_chunk(int stage) const { return shared + stage * 2 * sum_chunk_bytes(kBytes); }
   TC_DEVICE char* b_chunk(int stage) const { return a_chunk(stage) + sum_chunk_bytes(kBytes); }
 
-  TC_DEVICE void load_chunks(int64_t first, int32_t q, int stage) {
-    load_side(a_chunk(stage), p.a, p.a_strides, q * p.a_slice, work.m, p.m, first, true);
-    load_side(b_chunk(stage), p.b, p.b_strides, q * p.b_slice, work.n, p.n, first, false);
+  static constexpr int32_t kElements = 16 / kBytes;
+  static constexpr int32_t kPieces = kSumTile / kElements;  // of a row of a chunk
+  static constexpr int32_t kRows = kSumThreads / kPieces;   // of a chunk that the block loads at a time
+
+  // What 16 bytes of a row of a chunk are.
+  struct Side {
+    int32_t channel = 0;
+    bool inside = false;  // of the matrix
+    int64_t shift_h = 0, shift_w = 0;
+  };
+
+  TC_DEVICE Side left_side(int32_t piece) const {
+    const int64_t row = work.m + piece * kElements;
+    const int32_t tap = static_cast<int32_t>(row / p.m_pitch);
+    const int32_t channel = static_cast<int32_t>(row - static_cast<int64_t>(tap) * p.m_pitch);
+    return {channel, tap < p.h.taps * p.w.taps && channel < p.m, p.h.offset + tap / p.w.taps * p.h.gap,
+            p.w.offset + tap % p.w.taps * p.w.gap};
+  }
+  TC_DEVICE Side right_side(int32_t piece) const {
+    const int32_t channel = work.n + piece * kElements;
+    return {channel, channel < p.n, 0, 0};
   }
 
-  // kSumPixels pixels by kSumTile channels from `channel` on; zeros beyond `channels`, beyond the last pixel and where
-  // the tap lies on the border.
-  TC_DEVICE void load_side(char* to, const void* image, const Strides4& strides, int64_t slice, int32_t channel,
-                           int32_t channels, int64_t first, bool gathered) {
-    constexpr int32_t kElements = 16 / kBytes, kPieces = kSumTile / kElements;
-    const Storage* from = static_cast<const Storage*>(image);
-    const bool vectors = strides.c == 1 && strides.n % kElements == 0 && strides.h % kElements == 0 &&
-                         strides.w % kElements == 0 && slice % kElements == 0 &&
-                         reinterpret_cast<uintptr_t>(image) % 16 == 0;
-    for (int32_t i = thread_index(); i < kSumPixels * kPieces; i += kSumThreads) {
-      const int32_t row = strides.c == 1 ? i / kPieces : i % kSumPixels;
-      const int32_t piece = strides.c == 1 ? i % kPieces : i / kSumPixels;
-      const int32_t at = channel + piece * kElements;
-      int64_t offset = at < channels ? pixel_offset(first + row, strides, gathered) : -1;
-      char* place = to + row * sum_pitch(kBytes) + piece * 16;
-      const bool inside = offset >= 0;
-      offset += slice + at * strides.c;
-      if (vectors && (at + kElements <= channels || at >= channels)) {
-        copy_async(place, inside ? from + offset : from, inside ? 16 : 0);
-      } else {
-        gather_piece<E>(place, inside ? from + offset : from, strides.c, inside ? channels - at : 0);
-      }
-    }
-  }
-
-  // Elements from the start of an image to the pixel that belongs to a grid pixel; -1 where there is none.
-  TC_DEVICE int64_t pixel_offset(int64_t pixel, const Strides4& strides, bool gathered) const {
-    if (pixel >= pixels) return -1;
+  struct Pixel {
+    bool there;
     int64_t n, h, w;
+  };
+
+  TC_DEVICE Pixel pixel_of(int64_t index) const {
+    if (index >= pixels) return {false, 0, 0, 0};
     if (pixels <= 0x7fffffff) {  // divisions of 32 bits take a quarter of the time
       const uint32_t columns = static_cast<uint32_t>(p.w.grid), rows = static_cast<uint32_t>(p.h.grid);
-      const uint32_t at = static_cast<uint32_t>(pixel), row = at / columns, image = row / rows;
-      n = image, h = row - image * rows, w = at - row * columns;
-    } else {
-      const int64_t row = pixel / p.w.grid;
-      n = row / p.h.grid, h = row % p.h.grid, w = pixel % p.w.grid;
+      const uint32_t at = static_cast<uint32_t>(index), row = at / columns, image = row / rows;
+      return {true, image, row - image * rows, at - row * columns};
     }
-    if (!gathered) return n * strides.n + h * strides.h + w * strides.w;
-    const int64_t y = h * p.h.step + p.h.offset + work.tap_h * p.h.gap;
-    const int64_t x = w * p.w.step + p.w.offset + work.tap_w * p.w.gap;
-    if (y < 0 || y >= p.h.in || x < 0 || x >= p.w.in) return -1;
-    return n * strides.n + y * strides.h + x * strides.w;
+    const int64_t row = index / p.w.grid;
+    return {true, row / p.h.grid, row % p.h.grid, index % p.w.grid};
+  }
+
+  // kSumPixels pixels of both matrices; zeros beyond their channels, beyond the last pixel and on the border.
+  TC_DEVICE void load_chunks(int64_t first, int32_t q, int stage) {
+    const Storage* a = static_cast<const Storage*>(p.a) + q * p.a_slice;
+    const Storage* b = static_cast<const Storage*>(p.b) + q * p.b_slice;
+#pragma unroll
+    for (int32_t turn = 0; turn < kSumPixels / kRows; ++turn) {
+      const int32_t row = turn * kRows + thread_index() / kPieces, piece = thread_index() % kPieces;
+      const Pixel at = pixel_of(first + row);
+      if (a_vectors) load_left(a_chunk(stage), a, at, row, piece, a_side);
+      if (b_vectors) load_right(b_chunk(stage), b, at, row, piece, b_side);
+    }
+    if (a_vectors && b_vectors) return;
+    // Channels that lie apart: neighbouring threads take neighbouring pixels.
+    for (int32_t i = thread_index(); i < kSumPixels * kPieces; i += kSumThreads) {
+      const int32_t row = i % kSumPixels, piece = i / kSumPixels;
+      const Pixel at = pixel_of(first + row);
+      if (!a_vectors) load_left(a_chunk(stage), a, at, row, piece, left_side(piece));
+      if (!b_vectors) load_right(b_chunk(stage), b, at, row, piece, right_side(piece));
+    }
+  }
+
+  TC_DEVICE void load_left(char* chunk, const Storage* from, const Pixel& at, int32_t row, int32_t piece,
+                           const Side& side) const {
+    const int64_t y = at.h * p.h.step + side.shift_h, x = at.w * p.w.step + side.shift_w;
+    const bool gathered = at.there && y >= 0 && y < p.h.in && x >= 0 && x < p.w.in;
+    load_piece(chunk + row * sum_pitch(kBytes) + piece * 16, from, p.a_strides, at.n, y, x, side.channel, p.m,
+               side.inside && gathered, a_vectors);
+  }
+
+  TC_DEVICE void load_right(char* chunk, const Storage* from, const Pixel& at, int32_t row, int32_t piece,
+                            const Side& side) const {
+    load_piece(chunk + row * sum_pitch(kBytes) + piece * 16, from, p.b_strides, at.n, at.h, at.w, side.channel, p.n,
+               side.inside && at.there, b_vectors);
+  }
+
+  static TC_DEVICE void load_piece(char* to, const Storage* from, const Strides4& s, int64_t n, int64_t h, int64_t w,
+                                   int32_t channel, int32_t channels, bool inside, bool vectors) {
+    const Storage* at = inside ? from + n * s.n + h * s.h + w * s.w + channel * s.c : from;
+    if (vectors && (!inside || channel + kElements <= channels)) {
+      copy_async(to, at, inside ? 16 : 0);
+    } else {
+      gather_piece<E>(to, at, s.c, inside ? channels - channel : 0);
+    }
+  }
+
+  // Whether the channels of a pixel can be copied 16 bytes at a time.
+  static TC_DEVICE bool takes_vectors(const void* image, const Strides4& s, int64_t slice) {
+    return s.c == 1 && s.n % kElements == 0 && s.h % kElements == 0 && s.w % kElements == 0 && slice % kElements == 0 &&
+           reinterpret_cast<uintptr_t>(image) % 16 == 0;
   }
 
   // Warps take quarters of the tile, 32 x 32.
@@ -150,7 +195,7 @@ class PixelSumBlock {
   TC_DEVICE int32_t quarter_n() const { return warp % 2 * 32; }
 
   TC_DEVICE void multiply(Accumulators<2, 4>& acc, const char* a, const char* b) const {
-    if (work.m + quarter_m() >= p.m || work.n + quarter_n() >= p.n) return;
+    if (work.m + quarter_m() >= sum_rows(p) || work.n + quarter_n() >= p.n) return;
     constexpr int kSteps = kSumPixels * kBytes / kStepBytes;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -183,17 +228,17 @@ class PixelSumBlock {
   }
 
   TC_DEVICE void store(const Accumulators<2, 4>& acc) const {
-    const int64_t taps = p.h.taps * p.w.taps, tap = work.tap_h * p.w.taps + work.tap_w;
-    float* to = p.partial + (work.split * taps + tap) * p.m * p.n;
+    const int64_t rows = sum_rows(p);
+    float* to = p.partial + work.split * rows * p.n;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int32_t m = work.m + quarter_m() + 16 * i + lane / 4 + 8 * (e / 2);
+          const int64_t m = work.m + quarter_m() + 16 * i + lane / 4 + 8 * (e / 2);
           const int32_t n = work.n + quarter_n() + 8 * j + 2 * (lane % 4) + e % 2;
-          if (m < p.m && n < p.n) to[static_cast<int64_t>(m) * p.n + n] = acc.value[i][j][e];
+          if (m < rows && n < p.n) to[m * p.n + n] = acc.value[i][j][e];
         }
       }
     }
@@ -204,7 +249,7 @@ class PixelSumBlock {
     sync_block();  // nobody reads chunks any more
     halves[thread_index()] = sum;
     sync_block();
-    const int32_t m = work.m + thread_index();
+    const int64_t m = work.m + thread_index();
     if (thread_index() < kSumTile && m < p.m) {
       p.partial_bias[work.split * p.m + m] = halves[thread_index()] + halves[thread_index() + kSumTile];
     }
@@ -215,6 +260,9 @@ class PixelSumBlock {
   char* const shared;
   const int lane, warp;
   const int64_t pixels;
+  Side a_side, b_side;
+  const bool a_vectors = takes_vectors(p.a, p.a_strides, p.a_slice);
+  const bool b_vectors = takes_vectors(p.b, p.b_strides, p.b_slice);
 };
 
 template <typename E>
@@ -223,31 +271,41 @@ pixel_sum_kernel(const TC_GRID_CONSTANT PixelSumParams p) {
   PixelSumBlock<E>(p).run();
 }
 
-// One thread an element of the result, summing the splits in order.
+// A lane an element of the result; the warps of a block share the splits, and the first one adds what they found, in
+// order.
+constexpr int kFinishWarps = 16;
+
 template <typename E>
-TC_KERNEL(256, 1)
+TC_KERNEL(kFinishWarps * 32, 2)
 pixel_sum_finish_kernel(const TC_GRID_CONSTANT PixelSumFinishParams p, int64_t count) {
   using Storage = typename E::Storage;
+  const int lane = thread_index() % 32, warp = warp_index();
   const int64_t columns = p.diagonal ? 1 : p.n, taps = p.taps_h * p.taps_w;
-  const int64_t matrix = static_cast<int64_t>(p.m) * p.n, sums = p.out == nullptr ? 0 : taps * p.m * columns;
-  for (int64_t i = block_index() * block_threads() + thread_index(); i < count; i += grid_blocks() * block_threads()) {
-    const bool is_bias = i >= sums;
-    const int64_t m = is_bias ? i - sums : i / columns % p.m, tap = i / columns / p.m;
-    const int64_t n = p.diagonal ? m : i % columns;
-    const float* from = is_bias ? p.partial_bias + m : p.partial + tap * matrix + m * p.n + n;
-    const int64_t step = is_bias ? p.m : taps * matrix;
-    const int64_t slice = n / p.slice_padded, rest = n - slice * p.slice_padded;
-    if (!is_bias && !p.diagonal && rest >= p.slice) continue;
-    float sum = 0.0f;
-    for (int64_t split = 0; split < p.splits; ++split) sum += from[split * step];
-    if (is_bias) {
-      static_cast<Storage*>(p.out_bias)[m] = E::from_float(sum);
-    } else {
-      const int64_t column = p.diagonal ? 0 : slice * p.slice + rest;
-      static_cast<Storage*>(
-          p.out)[m * p.stride_m + column * p.stride_n + tap / p.taps_w * p.stride_h + tap % p.taps_w * p.stride_w] =
-          E::from_float(sum);
-    }
+  const int64_t sums = p.out == nullptr ? 0 : taps * p.m * columns;
+  const int64_t i = block_index() * 32 + lane;
+  const bool is_bias = i >= sums;
+  const int64_t m = is_bias ? i - sums : i / columns % p.m, tap = is_bias ? 0 : i / columns / p.m;
+  const int64_t n = p.diagonal ? m : i % columns;
+  float sum = 0.0f;
+  if (i < count) {
+    const float* from = is_bias ? p.partial_bias + m : p.partial + (tap * p.m_pitch + m) * p.n + n;
+    const int64_t step = is_bias ? p.m : taps * p.m_pitch * p.n;
+#pragma unroll 8
+    for (int64_t split = warp; split < p.splits; split += kFinishWarps) sum += from[split * step];
+  }
+  float* found = reinterpret_cast<float*>(shared_memory());
+  found[warp * 32 + lane] = sum;
+  sync_block();
+  const int64_t slice = n / p.slice_padded, rest = n - slice * p.slice_padded;
+  if (warp != 0 || i >= count || (!is_bias && !p.diagonal && rest >= p.slice)) return;
+  for (int other = 1; other < kFinishWarps; ++other) sum += found[other * 32 + lane];
+  if (is_bias) {
+    static_cast<Storage*>(p.out_bias)[m] = E::from_float(sum);
+  } else {
+    const int64_t column = p.diagonal ? 0 : slice * p.slice + rest;
+    static_cast<Storage*>(
+        p.out)[m * p.stride_m + column * p.stride_n + tap / p.taps_w * p.stride_h + tap % p.taps_w * p.stride_w] =
+        E::from_float(sum);
   }
 }
 

@@ -17,27 +17,34 @@ TC_HOST_DEVICE int32_t sum_pitch(int32_t bytes) { return (kSumTile + 8) * bytes;
 TC_HOST_DEVICE int32_t sum_chunk_bytes(int32_t bytes) { return kSumPixels * sum_pitch(bytes); }
 TC_HOST_DEVICE int32_t sum_shared_bytes(int32_t bytes) { return 2 * kSumStages * sum_chunk_bytes(bytes); }
 
-TC_HOST_DEVICE int32_t sum_tiles(int32_t size) { return (size + kSumTile - 1) / kSumTile; }
+// Rows of the result from tap to tap. Pieces of 16 bytes belong to one tap; on the diagonal whole tiles do.
+TC_HOST_DEVICE int32_t sum_row_pitch(int32_t m, bool diagonal) {
+  const int32_t unit = diagonal ? kSumTile : kRankPad;
+  return (m + unit - 1) / unit * unit;
+}
+
+TC_HOST_DEVICE int64_t sum_rows(const PixelSumParams& p) {
+  return static_cast<int64_t>(p.h.taps) * p.w.taps * p.m_pitch;
+}
+
+TC_HOST_DEVICE int64_t sum_tiles(int64_t size) { return (size + kSumTile - 1) / kSumTile; }
 
 // What a block computes.
 struct SumWork {
-  int32_t tap_h, tap_w, m, n;  // m, n: first of the tile
+  int64_t m;  // first row of the result
+  int32_t n;  // and column
   int64_t split;
 };
 
 TC_HOST_DEVICE int64_t sum_blocks(const PixelSumParams& p) {
-  const int64_t tiles = p.diagonal ? sum_tiles(p.m) : static_cast<int64_t>(sum_tiles(p.m)) * sum_tiles(p.n);
-  return tiles * p.h.taps * p.w.taps * p.splits;
+  return sum_tiles(sum_rows(p)) * (p.diagonal ? 1 : sum_tiles(p.n)) * p.splits;
 }
 
 TC_HOST_DEVICE SumWork sum_work(const PixelSumParams& p, int64_t block) {
-  // Tiles of one split and tap come together: they share what they read.
-  const int64_t tiles = p.diagonal ? sum_tiles(p.m) : static_cast<int64_t>(sum_tiles(p.m)) * sum_tiles(p.n);
-  const int32_t tile = static_cast<int32_t>(block % tiles);
-  const int32_t tap = static_cast<int32_t>(block / tiles % (p.h.taps * p.w.taps));
-  const int32_t across = p.diagonal ? 0 : sum_tiles(p.n);
-  return {tap / p.w.taps, tap % p.w.taps, (p.diagonal ? tile : tile / across) * kSumTile,
-          (p.diagonal ? tile : tile % across) * kSumTile, block / tiles / (p.h.taps * p.w.taps)};
+  // Tiles of one split come together: they share what they read.
+  const int64_t down = sum_tiles(sum_rows(p)), across = p.diagonal ? 1 : sum_tiles(p.n), tile = block % (down * across);
+  const int64_t m = tile / across * kSumTile;
+  return {m, static_cast<int32_t>(p.diagonal ? m % p.m_pitch : tile % across * kSumTile), block / (down * across)};
 }
 
 }  // namespace tensorcomp::cuda

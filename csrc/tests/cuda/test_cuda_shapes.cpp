@@ -225,27 +225,32 @@ void test_packing() {
     }
 }
 
-// Blocks of a sum over pixels: every tile of every tap once a split.
+// Blocks of a sum over pixels: every tile of the result once a split, on the diagonal those that hold some of it; no
+// piece of 16 bytes belongs to two taps.
 void test_sum_blocks() {
-  for (const int32_t m : {1, 64, 65, 130})
+  for (const int32_t m : {1, 16, 17, 64, 65, 130})
     for (const int32_t n : {1, 64, 100})
       for (const bool diagonal : {false, true}) {
         PixelSumParams p;
         p.m = m;
         p.n = diagonal ? m : n;
+        p.m_pitch = sum_row_pitch(m, diagonal);
         p.h.taps = 3;
         p.w.taps = 2;
         p.splits = 3;
         p.diagonal = diagonal;
-        std::multiset<std::tuple<int64_t, int32_t, int32_t, int32_t, int32_t>> found;
+        CHECK(p.m_pitch >= m && p.m_pitch % kRankPad == 0 && sum_rows(p) == 6 * p.m_pitch);
+        std::multiset<std::tuple<int64_t, int64_t, int32_t>> found;
         for (int64_t block = 0; block < sum_blocks(p); ++block) {
           const SumWork w = sum_work(p, block);
-          CHECK(w.m < p.m && w.n < p.n && w.tap_h < 3 && w.tap_w < 2 && w.split < 3);
-          if (diagonal) CHECK(w.m == w.n);
-          found.insert({w.split, w.tap_h, w.tap_w, w.m, w.n});
+          CHECK(w.m < sum_rows(p) && w.n < rank_padded(p.n) && w.split < 3);
+          found.insert({w.split, w.m, w.n});
+          if (!diagonal) continue;
+          // One tap, and the columns of the same ranks.
+          CHECK(w.m / p.m_pitch == (w.m + kSumTile - 1) / p.m_pitch && w.m % p.m_pitch == w.n);
         }
-        const int64_t tiles = diagonal ? sum_tiles(m) : sum_tiles(m) * sum_tiles(n);
-        CHECK(static_cast<int64_t>(found.size()) == 18 * tiles);
+        const int64_t tiles = sum_tiles(sum_rows(p)) * (diagonal ? 1 : sum_tiles(n));
+        CHECK(static_cast<int64_t>(found.size()) == 3 * tiles);
         CHECK(all_different(found));
       }
 }
