@@ -33,7 +33,7 @@ class BottleneckBlock {
       } else {
         load_rank_image();
       }
-      sync_block();  // U is complete
+      sync_block();  // U is complete, and the chunks' memory free
       if (p.core == Core::kFull) {
         full_core();
       } else if (p.core == Core::kDepthwise) {
@@ -72,67 +72,77 @@ class BottleneckBlock {
 
   // --- enter: U = X point_in over the region, chunks of channels streaming through shared memory ---
 
+  // All passes over rows and columns are one stream of chunks: the first ones of a pass are on their way while the last
+  // of the pass before are multiplied.
   TC_DEVICE void enter() {
-    const int32_t rows = span.region();
-    const int32_t columns = p.ring * rank_padded(p.rank_in);
-    for (int32_t first = 0; first < rows; first += rows_at_once) {
-      const int32_t here = least(rows - first, rows_at_once);
-      for (int32_t i = thread_index(); i < here; i += block_threads()) {
-        const Place at = place_of(first + i, span.in_h.size, span.in_w.size);
-        row_offsets()[i] = (span.n.begin + at.n) * p.x_strides.n + (span.in_h.begin + at.h) * p.x_strides.h +
-                           (span.in_w.begin + at.w) * p.x_strides.w;
-      }
-      sync_block();
-      for (int32_t column = 0; column < columns; column += 8 * kN) {
-        enter_columns(first, here, column, least(columns - column, 8 * kN));
-      }
+    const int32_t rows = span.region(), columns = p.ring * rank_padded(p.rank_in);
+    for (int32_t i = thread_index(); i < rows; i += block_threads()) {
+      const Place at = place_of(i, span.in_h.size, span.in_w.size);
+      row_offsets()[i] = (span.n.begin + at.n) * p.x_strides.n + (span.in_h.begin + at.h) * p.x_strides.h +
+                         (span.in_w.begin + at.w) * p.x_strides.w;
     }
-  }
-
-  TC_DEVICE void enter_columns(int32_t first, int32_t rows, int32_t column, int32_t columns) {
+    sync_block();
     constexpr int32_t kElements = kChunkBytes / kBytes;
-    const int32_t chunks = (p.c_in + kElements - 1) / kElements, steps = steps_of(p.c_in, kBytes);
+    const int32_t chunks = (p.c_in + kElements - 1) / kElements;
+    const int32_t across = (columns + 8 * kN - 1) / (8 * kN);
+    const int32_t all = (rows + rows_at_once - 1) / rows_at_once * across * chunks;
     const bool vectors = x_vectors();
-    const auto load = [&](int32_t c) {
-      if (c < chunks) {
-        load_chunk<E>(chunk(c % kChunkStages), p.x, row_offsets(), rows, p.x_strides.c, p.c_in, c * kElements, vectors);
+    const auto load = [&](int32_t i) {
+      if (i < all) {
+        const int32_t first = i / (across * chunks) * rows_at_once;
+        load_chunk<E>(chunk(i % kChunkStages), p.x, row_offsets() + first, least(rows - first, rows_at_once),
+                      p.x_strides.c, p.c_in, i % chunks * kElements, vectors);
       }
       copy_commit();
     };
-    const int blocks = my_blocks(rows);
-    const Right right{static_cast<const Words4*>(p.enter_fragments), p.ring * rank_padded(p.rank_in) / 16, column / 16};
+    const Words4* fragments = static_cast<const Words4*>(p.enter_fragments);
+    int32_t first = 0, column = 0, c = 0;
     Accumulators<kM, kN> acc;
     acc.clear();
 #pragma unroll
-    for (int c = 0; c < kChunkStages - 1; ++c) load(c);
-    for (int32_t c = 0; c < chunks; ++c) {
+    for (int i = 0; i < kChunkStages - 1; ++i) load(i);
+    for (int32_t i = 0; i < all; ++i) {
       copy_wait<kChunkStages - 2>();
-      sync_block();  // chunk c is there for all, and nobody reads chunk c - 1 any more
-      load(c + kChunkStages - 1);
-      constexpr int kSteps = kChunkBytes / kStepBytes;
-      with_shape<kM, kN>(blocks, columns / 16, [&](auto b, auto n) {
+      sync_block();  // chunk i is there for all, and nobody reads chunk i - 1 any more
+      load(i + kChunkStages - 1);
+      const int32_t here = least(rows - first, rows_at_once), used = least(columns - column, 8 * kN) / 16;
+      const Right right{fragments, columns / 16, column / 16};
+      multiply_chunk(acc, chunk(i % kChunkStages), my_blocks(here), used, right, c * kStepsOfChunk);
+      if (++c < chunks) continue;
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          if (c * kSteps + s >= steps) break;
-          const char* rows_of[kM];
-#pragma unroll
-          for (int i = 0; i < kM; ++i) {
-            rows_of[i] =
-                chunk(c % kChunkStages) + (block_row(i) + matrix_row()) * kChunkPitch + s * kStepBytes + matrix_bytes();
-          }
-          multiply_step<E, decltype(b)::value, decltype(n)::value>(acc, rows_of, right, c * kSteps + s, lane);
+      for (int b = 0; b < kM; ++b) {
+        if (b < my_blocks(here)) {
+          store_block<E>(acc, b, shared + (first + block_row(b)) * layout.u_pitch + column * kBytes, layout.u_pitch,
+                         here - block_row(b), 2 * used, lane);
         }
-      });
+      }
+      acc.clear();
+      c = 0;
+      column += 8 * kN;
+      if (column < columns) continue;
+      column = 0;
+      first += rows_at_once;
     }
     copy_wait<0>();
-    sync_block();  // the chunks' memory is free for the next columns, or for V
+  }
+
+  static constexpr int kStepsOfChunk = kChunkBytes / kStepBytes;
+
+  TC_DEVICE void multiply_chunk(Accumulators<kM, kN>& acc, const char* from, int blocks, int32_t used,
+                                const Right& right, int32_t first_step) const {
+    const int32_t steps = least(steps_of(p.c_in, kBytes) - first_step, kStepsOfChunk);
+    with_shape<kM, kN>(blocks, used, [&](auto b, auto n) {
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      if (i < blocks) {
-        store_block<E>(acc, i, shared + (first + block_row(i)) * layout.u_pitch + column * kBytes, layout.u_pitch,
-                       rows - block_row(i), columns / 8, lane);
+      for (int s = 0; s < kStepsOfChunk; ++s) {
+        if (s >= steps) break;
+        const char* rows_of[kM];
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+          rows_of[i] = from + (block_row(i) + matrix_row()) * kChunkPitch + s * kStepBytes + matrix_bytes();
+        }
+        multiply_step<E, decltype(b)::value, decltype(n)::value>(acc, rows_of, right, first_step + s, lane);
       }
-    }
+    });
   }
 
   // Whether a pixel's channels can be copied 16 bytes at a time.

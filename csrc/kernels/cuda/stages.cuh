@@ -35,24 +35,29 @@ TC_DEVICE void multiply_step(Accumulators<kM, kN>& acc, const char* const (&rows
   constexpr int kParts = sizeof(typename E::Storage) == 4 ? 2 : 1;
   const Words4* fragment =
       right.fragments + (static_cast<int64_t>(step) * right.pairs + right.pair) * kParts * 32 + lane;
-  Words4 high[kPairs], low[kPairs];
-#pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    high[j] = load_constant(fragment + j * kParts * 32);
-    low[j] = E::kParts == 2 ? load_constant(fragment + j * kParts * 32 + 32) : high[j];
-  }
   Left<E> left[kBlocks];
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
     load_matrices(left[i].a, rows[i]);
     left[i].prepare();
   }
+  // Not more at a time than registers hold beside the accumulators.
+  constexpr int kGroup = E::kParts == 2 ? 2 : 4;
 #pragma unroll
-  for (int j = 0; j < 2 * kPairs; ++j) {
-    const uint32_t b[2] = {high[j / 2].word[j % 2 * 2], high[j / 2].word[j % 2 * 2 + 1]};
-    const uint32_t b_low[2] = {low[j / 2].word[j % 2 * 2], low[j / 2].word[j % 2 * 2 + 1]};
+  for (int g = 0; g < kPairs; g += kGroup) {
+    Words4 high[kGroup], low[kGroup];
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) left[i].multiply(acc.value[i][j], b, b_low);
+    for (int j = 0; j < kGroup && g + j < kPairs; ++j) {
+      high[j] = load_constant(fragment + (g + j) * kParts * 32);
+      low[j] = E::kParts == 2 ? load_constant(fragment + (g + j) * kParts * 32 + 32) : high[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 2 * kGroup && 2 * g + j < 2 * kPairs; ++j) {
+      const uint32_t b[2] = {high[j / 2].word[j % 2 * 2], high[j / 2].word[j % 2 * 2 + 1]};
+      const uint32_t b_low[2] = {low[j / 2].word[j % 2 * 2], low[j / 2].word[j % 2 * 2 + 1]};
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) left[i].multiply(acc.value[i][2 * g + j], b, b_low);
+    }
   }
 }
 

@@ -122,7 +122,7 @@ TC_HOST_DEVICE SharedLayout shared_layout(const BottleneckParams& p) {
   const int32_t chunks = p.enter ? kChunkStages * rows * kChunkPitch : 0;
   s.second = core ? shared_max(u, out) : u;
   s.row_offsets = s.second + (core ? shared_max(chunks, rows * s.v_pitch) : shared_max(chunks, out));
-  s.total = s.row_offsets + rows * 8;
+  s.total = s.row_offsets + shared_max(rows, p.enter ? t.region_rows : 0) * 8;
   return s;
 }
 
