@@ -37,8 +37,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _switches() -> Iterator[None]:
-    """Torch's precision switches as the test found them."""
+    """Float32 is float32 unless a test switches TF32 on: torch's own default allows it in convolutions."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     yield
     cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -226,6 +226,10 @@ def check_masks(problem: Problem) -> None:
                 assert relative(gradient, expected[name]) <= GRADIENT_TOLERANCE[problem.mode], (mask, name)
 
 
+def output_gradient(problem: Problem) -> Tensor:
+    return torch.randn(problem.oracle().shape).to(problem.given["x"])
+
+
 def step(problem: Problem, grad: Tensor) -> tuple[Tensor, ...]:
     """A training step of the public function: the output and every gradient. ``problem`` holds leaves."""
     y = problem.call()
@@ -256,3 +260,34 @@ def check_bitwise(problem: Problem, times: int = 3) -> None:
     for _ in range(times - 1):
         for name, once, again in zip(("y", *problem.given), first, step(leaves, grad), strict=True):
             assert torch.equal(once, again), name
+
+
+DIFFERENCE_TOLERANCE = 2e-5
+"""Of float32 sums that hold each other's rounding; a gradient that is off by 1e-4 exceeds it."""
+
+
+def check_differences(problem: Problem, directions: int = 3) -> None:
+    """Gradients of the backward op against differences of the forward op itself, no oracle between them.
+
+    Every op is affine in each of its tensors alone: a central difference along a direction d is exact at
+    any length, and of d's own length it loses no digits. With that difference J d as the output's
+    gradient, <gradient, d> must be |J d|^2.
+    """
+    full = (1 << len(problem.names)) - 1
+
+    def forward(name: str, tensor: Tensor) -> Tensor:
+        replaced = [tensor if n == name else t for n, t in zip(problem.names, problem.tensors, strict=True)]
+        return problem.forward_op(*problem.but(replaced).arguments()).double()
+
+    for name, tensor in problem.given.items():
+        for _ in range(directions):
+            direction = (torch.randn(tensor.shape) * tensor.double().cpu().square().mean().sqrt()).to(tensor)
+            ahead, behind = tensor + direction, tensor - direction
+            change = (forward(name, ahead) - forward(name, behind)).to(tensor.dtype) / 2  # J d
+            gradients = problem.backward_op(*problem.backward_arguments(change, full))
+            gradient = gradients[problem.names.index(name)]
+            # What the rounded sums really lie apart.
+            found = float((gradient.double() * (ahead.double() - behind.double()) / 2).sum())
+            wanted = float(change.double().square().sum())
+            assert wanted > 0, name
+            assert abs(found - wanted) <= DIFFERENCE_TOLERANCE * wanted, (name, found / wanted - 1)

@@ -9,6 +9,7 @@ from cuda_problems import (
     EVERY_OP,
     MODES,
     check_bitwise,
+    check_differences,
     check_forward,
     check_gradients,
     check_masks,
@@ -212,3 +213,22 @@ def test_float32_is_not_rounded_unless_torch_allows(cuda: str) -> None:
     y = check_forward(problem)
     error = float((y.double() - problem.oracle()).norm() / problem.oracle().norm())
     assert error <= 1e-5
+
+
+DIFFERENCES = {
+    **{name: lambda device, make=make: make("float32", device) for name, make in EVERY_OP.items()},
+    "tucker2 several tiles": lambda device: convolution(
+        BASE.but(size=(35, 21), c_in=65, c_out=70, rank_in=33, rank_out=31, layout="channels_last"),
+        "float32",
+        device,
+    ),
+    "pair of many rows": lambda device: pair((300,), 72, 40, 96, "float32", device),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_gradients_are_differences_of_the_native_forward(cuda: str, name: str) -> None:
+    """What gradcheck would do, had the kernels float64."""
+    problem = DIFFERENCES[name](cuda)
+    assert problem.support().ok, problem.support().reason
+    check_differences(problem)

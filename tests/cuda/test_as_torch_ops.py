@@ -1,8 +1,6 @@
-"""The CUDA ops as citizens of torch: streams, graphs, no waiting, memory, devices, autocast, compile."""
+"""The CUDA ops as citizens of torch: streams, graphs, no waiting, memory, devices, autocast."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from cuda_problems import (
     MODES,
     Problem,
     convolution,
+    output_gradient,
     pair,
-    set_precision,
     step,
 )
 from torch import Tensor
@@ -27,10 +25,6 @@ BUSY_CYCLES = 50_000_000  # some tens of milliseconds
 WARM_UP = 3
 
 
-def output_gradient(problem: Problem) -> Tensor:
-    return torch.randn(problem.oracle().shape).to(problem.given["x"])
-
-
 def warm(problem: Problem, grad: Tensor) -> None:
     """Everything that is done once: modules loaded, attributes of kernels set."""
     for _ in range(WARM_UP):
@@ -38,23 +32,6 @@ def warm(problem: Problem, grad: Tensor) -> None:
         with torch.no_grad():
             problem.call()
     torch.cuda.synchronize()
-
-
-@every_op
-@modes
-def test_opcheck(cuda: str, name: str, mode: str) -> None:
-    problem = EVERY_OP[name](mode, cuda)
-    allowed = GRADIENT_TOLERANCE[mode]
-    leaves = problem.leaves()
-    torch.library.opcheck(problem.forward_op, leaves.arguments(), atol=allowed, rtol=allowed)
-    with torch.no_grad():
-        grad = output_gradient(problem)
-        for mask in ((1 << len(problem.names)) - 1, 0b101):
-            torch.library.opcheck(
-                problem.backward_op,
-                problem.backward_arguments(grad, mask),
-                test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-            )
 
 
 @every_op
@@ -166,34 +143,6 @@ def test_autocast(cuda: str, name: str, dtype: torch.dtype) -> None:
     for ours, theirs in zip(found, low.oracle_gradients(grad).values(), strict=True):
         assert ours.dtype == torch.float32
         assert relative(ours, theirs) <= GRADIENT_TOLERANCE[mode]
-
-
-@every_op
-@modes
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_whole(cuda: str, name: str, mode: str, backend: str) -> None:
-    if backend == "inductor" and mode != "float16":
-        pytest.skip("seconds of compiling: one dtype stands for all")
-    if backend == "inductor" and importlib.util.find_spec("triton") is None:
-        pytest.skip("inductor compiles for CUDA with triton, which is not installed")
-    set_precision(mode)
-    problem = EVERY_OP[name](mode, cuda).leaves()
-    public = getattr(problem.module, problem.op)
-    grad = output_gradient(problem)
-
-    def call(*tensors: Tensor | None) -> Tensor:
-        return public(*tensors, *problem.rest) * 2
-
-    torch.compiler.reset()
-    try:
-        y = torch.compile(call, fullgraph=True, backend=backend)(*problem.tensors)
-        found = torch.autograd.grad(y, list(problem.given.values()), grad)
-    finally:
-        torch.compiler.reset()
-    assert relative(y.detach(), 2 * problem.oracle()) <= FORWARD_TOLERANCE[mode]
-    expected = problem.oracle_gradients(2 * grad)
-    for (key, wanted), ours in zip(expected.items(), found, strict=True):
-        assert relative(ours, wanted) <= GRADIENT_TOLERANCE[mode], key
 
 
 @every_op
