@@ -105,6 +105,7 @@ class BottleneckBlock {
       copy_wait<kChunkStages - 2>();
       sync_block();  // chunk i is there for all, and nobody reads chunk i - 1 any more
       load(i + kChunkStages - 1);
+      sync_warp();  // threads load more or less; the matrix instructions want all of them
       const int32_t here = least(rows - first, rows_at_once), used = least(columns - column, 8 * kN) / 16;
       const Right right{fragments, columns / 16, column / 16};
       multiply_chunk(acc, chunk(i % kChunkStages), my_blocks(here), used, right, c * kStepsOfChunk);
@@ -148,9 +149,8 @@ class BottleneckBlock {
   // Whether a pixel's channels can be copied 16 bytes at a time.
   TC_DEVICE bool x_vectors() const {
     constexpr int64_t kElements = 16 / kBytes;
-    return p.x_strides.c == 1 && p.c_in % kElements == 0 && p.x_strides.n % kElements == 0 &&
-           p.x_strides.h % kElements == 0 && p.x_strides.w % kElements == 0 &&
-           reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+    return p.x_strides.c == 1 && p.x_strides.n % kElements == 0 && p.x_strides.h % kElements == 0 &&
+           p.x_strides.w % kElements == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
   }
 
   // Instead of enter: U as it lies in memory, c_in channels and zeros up to the padded rank.
@@ -168,7 +168,7 @@ class BottleneckBlock {
                              (span.in_w.begin + at.w) * p.x_strides.w;
       char* to = shared + row * layout.u_pitch + piece * 16;
       if (vectors) {
-        copy_async(to, inside ? pixel + channel : from, inside ? 16 : 0);
+        copy_async(to, inside ? pixel + channel : from, inside ? piece_bytes<Storage>(p.c_in - channel) : 0);
       } else {
         gather_piece<E>(to, inside ? pixel + channel * p.x_strides.c : from, p.x_strides.c,
                         inside ? p.c_in - channel : 0);
@@ -297,6 +297,7 @@ class BottleneckBlock {
             out_offset(block_row(i) + lane, p.y_strides.n, p.y_strides.h, p.y_strides.w);
       }
     }
+    sync_warp();
     const int32_t pairs = rank_padded(p.c_out) / 16;
     const int32_t steps = p.ring * rank_padded(p.rank_out) * kBytes / kStepBytes;
     // Without a ring whole steps of padding may lie at the end.

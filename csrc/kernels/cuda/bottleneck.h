@@ -12,8 +12,8 @@
 
 namespace tensorcomp::cuda {
 
-// Storage and arithmetic; sums are kept in float32. kFloat32 splits every factor in two TF32 numbers, which is as exact
-// as float32; kTf32 rounds float32 storage to TF32 once.
+// Storage and arithmetic; sums are kept in float32. kFloat32 splits every factor in two TF32 numbers, which is nearly
+// as exact as float32; kTf32 rounds float32 storage to TF32 once.
 enum class Element : int32_t { kFloat32 = 0, kTf32 = 1, kFloat16 = 2, kBfloat16 = 3 };
 
 TC_HOST_DEVICE constexpr int element_bytes(Element element) {
@@ -117,7 +117,8 @@ struct PackDepthwiseParams {
 //   a[image, input(p, tap), q * a_slice + m] * b[image, output(p), q * b_slice + n]
 // and, where partial_bias is not null (one tap), partial_bias[split][m] = sum of a. a_slice and b_slice are channels
 // from one ring index to the next. Taps lie side by side in the rows of the result, so that a tile of it holds several
-// of a small rank. With `diagonal` only tiles that hold elements of m == n are computed.
+// of a small rank. With `diagonal` only tiles that hold elements of m == n are computed, and a row of partial has the
+// columns of its tile alone.
 struct PixelSumParams {
   Element element = Element::kFloat32;
   int64_t batch = 0;

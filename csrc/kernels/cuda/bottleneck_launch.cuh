@@ -20,11 +20,17 @@ cudaError_t launch_bottleneck_of(const BottleneckParams& p, int64_t blocks, cuda
   if (p.tile.blocks_m == 2 && p.tile.blocks_n == 4) {
     return launch(&bottleneck_kernel<E, 2, 4>, blocks, threads, shared, stream, p);
   }
-  if (p.tile.blocks_m == 2 && p.tile.blocks_n == 8) {
-    return launch(&bottleneck_kernel<E, 2, 8>, blocks, threads, shared, stream, p);
-  }
-  if (p.tile.blocks_m == 1 && p.tile.blocks_n == 16) {
-    return launch(&bottleneck_kernel<E, 1, 16>, blocks, threads, shared, stream, p);
+  if constexpr (E::kParts == 2) {
+    if (p.tile.blocks_m == 1 && p.tile.blocks_n == 8) {
+      return launch(&bottleneck_kernel<E, 1, 8>, blocks, threads, shared, stream, p);
+    }
+  } else {
+    if (p.tile.blocks_m == 2 && p.tile.blocks_n == 8) {
+      return launch(&bottleneck_kernel<E, 2, 8>, blocks, threads, shared, stream, p);
+    }
+    if (p.tile.blocks_m == 1 && p.tile.blocks_n == 16) {
+      return launch(&bottleneck_kernel<E, 1, 16>, blocks, threads, shared, stream, p);
+    }
   }
   return cudaErrorInvalidValue;
 }

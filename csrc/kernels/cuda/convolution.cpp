@@ -33,7 +33,7 @@ cudaError_t pack(const Convolution& c, const Weights& weights, void* packed, cud
   Arena arena(packed);
   const Packed parts = packed_parts(c, arena);
   PackBatch batch;
-  batch.item[0] = entering(c, c.c_in, c.rank_in, weights.factor_in);
+  batch.item[0] = entering_factor_in(c, weights);
   batch.item[0].to = parts.enter;
   batch.item[1] = leaving(c, c.c_out, c.rank_out, weights.factor_out);
   batch.item[1].to = parts.leave;

@@ -21,6 +21,7 @@ struct Weights {
   const void* core = nullptr;
   const void* factor_out = nullptr;
   const void* factor_in = nullptr;
+  bool factor_in_rank_first = false;  // [rank_in, c_in] instead; without a ring
 };
 
 // Results of backward; null ones are not computed. Weights as in Weights, bias [c_out], x of any dense strides.
@@ -31,6 +32,7 @@ struct Gradients {
   void* factor_out = nullptr;
   void* factor_in = nullptr;
   void* bias = nullptr;
+  bool factor_in_rank_first = false;
 };
 
 // Packed weights serve any batch and image, and float32 as well as TF32.

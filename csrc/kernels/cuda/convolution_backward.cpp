@@ -53,7 +53,8 @@ PixelSumParams sum_core(const Convolution& c) {
 }
 
 size_t partial_floats(const PixelSumParams& p, const DeviceLimits& device) {
-  return static_cast<size_t>(plan_splits(p, device)) * static_cast<size_t>(sum_rows(p)) * static_cast<size_t>(p.n);
+  return static_cast<size_t>(plan_splits(p, device)) * static_cast<size_t>(sum_rows(p)) *
+         static_cast<size_t>(sum_columns(p));
 }
 
 Backward backward_parts(const Convolution& c, const DeviceLimits& device, const Gradients& wanted, Arena& arena) {
@@ -100,9 +101,14 @@ cudaError_t pack_backward(const Convolution& c, const Weights& weights, const Ba
     p.to = to;
     batch.item[batch.count++] = p;
   };
-  add(entering(c, c.c_in, c.rank_in, weights.factor_in), b.enter_in);
+  add(entering_factor_in(c, weights), b.enter_in);
   add(entering(c, c.c_out, c.rank_out, weights.factor_out), b.enter_out);
-  add(leaving(c, c.c_in, c.rank_in, weights.factor_in), b.leave_in);
+  PackParams leave_in = leaving(c, c.c_in, c.rank_in, weights.factor_in);
+  if (weights.factor_in_rank_first) {
+    leave_in.stride_k = c.c_in;
+    leave_in.stride_n = 1;
+  }
+  add(leave_in, b.leave_in);
   for (const bool transposed : {false, true}) {
     void* to = transposed ? b.core_transposed : b.core;
     if (to == nullptr) continue;
@@ -196,8 +202,8 @@ cudaError_t weight_gradients(const Convolution& c, const DeviceLimits& device, c
     PixelSumFinishParams f;
     f.slice = c.rank_in;
     f.slice_padded = rank_padded(c.rank_in);
-    f.stride_m = static_cast<int64_t>(c.ring) * c.rank_in;
-    f.stride_n = 1;
+    f.stride_m = wanted.factor_in_rank_first ? 1 : static_cast<int64_t>(c.ring) * c.rank_in;
+    f.stride_n = wanted.factor_in_rank_first ? c.c_in : 1;
     error = sum(p, f, device, b, wanted.factor_in, nullptr, stream);
   }
   if (error == cudaSuccess && wanted.core != nullptr) {

@@ -47,6 +47,15 @@ inline PackParams entering(const Convolution& c, int32_t channels, int32_t rank,
   return p;
 }
 
+inline PackParams entering_factor_in(const Convolution& c, const Weights& weights) {
+  PackParams p = entering(c, c.c_in, c.rank_in, weights.factor_in);
+  if (weights.factor_in_rank_first) {
+    p.stride_k = 1;
+    p.stride_n = c.c_in;
+  }
+  return p;
+}
+
 // A factor as the matrix that leaves it, [ring * rank, channels].
 inline PackParams leaving(const Convolution& c, int32_t channels, int32_t rank, const void* factor) {
   PackParams p;

@@ -51,6 +51,8 @@ inline bool fits(const Convolution& c, const DeviceLimits& device) {
   std::swap(back.rank_in, back.rank_out);
   std::swap(back.c_in, back.c_out);
   back.h.step = back.w.step = 1;
+  back.h.in = c.out_height;
+  back.w.in = c.out_width;
   return detail::smallest_tile(back, device);
 }
 

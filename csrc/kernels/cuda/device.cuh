@@ -38,7 +38,8 @@ TC_DEVICE char* shared_memory() {
 TC_DEVICE void sync_block() { __syncthreads(); }
 TC_DEVICE void sync_warp() { __syncwarp(); }
 
-// 16 bytes from global to shared memory, of which the first `bytes` (16 or 0) are read and the rest are zero.
+// 16 bytes from global to shared memory, of which the first `bytes` (0 to 16) are read and the rest are zero. Both
+// addresses are multiples of 16.
 TC_DEVICE void copy_async(void* to, const void* from, int bytes) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
@@ -116,9 +117,16 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
                    const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+    // The same value at every launch: another thread may be launching the same kernel with another size.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most);
+    }
     if (error != cudaSuccess) {
       (void)cudaGetLastError();
       return error;

@@ -44,8 +44,8 @@ struct Tf32 : Float32Storage {
   static constexpr int kParts = 1;
 };
 
-// Split in two: a b = a_high b_high + a_high b_low + a_low b_high, where the product left out is below float32's own
-// rounding.
+// Split in two: a b = a_high b_high + a_high b_low + a_low b_high. What is left out is 2^-22 of the product or less,
+// about float32's own rounding.
 struct SplitTf32 : Float32Storage {
   static constexpr int kParts = 2;
 };
@@ -75,6 +75,8 @@ struct Left<Tf32> {
 TC_DEVICE void split_tf32(uint32_t bits, uint32_t& high, uint32_t& low) {
   const float value = bits_to_float(bits);
   high = round_to_tf32(value);
+  // The largest numbers must not be rounded up to infinity.
+  if ((high & 0x7f800000u) == 0x7f800000u) high = bits & ~0x1fffu;
   const float rest = value - bits_to_float(high);
   // Infinity minus itself is NaN: the high part carries an infinity alone.
   low = rest == rest ? round_to_tf32(rest) : 0u;
@@ -88,11 +90,15 @@ struct Left<SplitTf32> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) split_tf32(a[i], a[i], low[i]);
   }
-  // The small products first: they are lost if added to a large sum one by one.
+  // The small products first: they are lost if added to a large sum one by one. Each step is summed apart, since tensor
+  // cores are said to cut off what they add to an accumulator, where an addition rounds (Ootomo and Yokota 2022).
   TC_DEVICE void multiply(float (&acc)[4], const uint32_t (&b)[2], const uint32_t (&b_low)[2]) const {
-    mma_tf32(acc, low, b[0], b[1]);
-    mma_tf32(acc, a, b_low[0], b_low[1]);
-    mma_tf32(acc, a, b[0], b[1]);
+    float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    mma_tf32(step, low, b[0], b[1]);
+    mma_tf32(step, a, b_low[0], b_low[1]);
+    mma_tf32(step, a, b[0], b[1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[i] += step[i];
   }
 };
 

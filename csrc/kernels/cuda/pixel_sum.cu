@@ -17,7 +17,7 @@ cudaError_t launch_pixel_sum_finish(const PixelSumFinishParams& params, cudaStre
   if (params.out == nullptr) count = 0;
   if (params.out_bias != nullptr) count += params.m;
   return with_element(params.element, [&](auto e) {
-    return launch(&pixel_sum_finish_kernel<decltype(e)>, (count + 31) / 32, kFinishWarps * 32,
+    return launch(&pixel_sum_finish_kernel<decltype(e)>, finish_blocks(count, params.splits), kFinishWarps * 32,
                   kFinishWarps * 32 * sizeof(float), stream, params, count);
   });
 }

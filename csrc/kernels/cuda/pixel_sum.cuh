@@ -77,8 +77,19 @@ class PixelSumBlock {
     Accumulators<2, 4> acc;
     acc.clear();
     float bias = 0.0f;
+    // Chunks are loaded one after the other: where one ends the next begins, and counting on is cheaper than dividing.
+    int32_t q = static_cast<int32_t>(begin / chunks);
+    int64_t in_slice = begin % chunks;
+    Cursor at = cursor_at(in_slice * kSumPixels);
     const auto load = [&](int64_t c) {
-      if (c < end) load_chunks(c % chunks * kSumPixels, static_cast<int32_t>(c / chunks), stage_of(c));
+      if (c < end) {
+        load_chunks(at, in_slice * kSumPixels, q, static_cast<int>(c % kSumStages));
+        if (++in_slice == chunks) {
+          in_slice = 0;
+          ++q;
+          at = cursor_at(0);
+        }
+      }
       copy_commit();
     };
 #pragma unroll
@@ -87,8 +98,10 @@ class PixelSumBlock {
       copy_wait<kSumStages - 2>();
       sync_block();  // chunk c is there for all, and nobody reads chunk c - 1 any more
       load(c + kSumStages - 1);
-      multiply(acc, a_chunk(stage_of(c)), b_chunk(stage_of(c)));
-      if (sums_bias) bias += sum_column(a_chunk(stage_of(c)));
+      sync_warp();
+      const int stage = static_cast<int>(c % kSumStages);
+      multiply(acc, a_chunk(stage), b_chunk(stage));
+      if (sums_bias) bias += sum_column(a_chunk(stage));
     }
     copy_wait<0>();
     store(acc);
@@ -96,7 +109,6 @@ class PixelSumBlock {
   }
 
  private:
-  static TC_DEVICE int stage_of(int64_t chunk) { return static_cast<int>(chunk % kSumStages); }
   TC_DEVICE char* a_chunk(int stage) const { return shared + stage * 2 * sum_chunk_bytes(kBytes); }
   TC_DEVICE char* b_chunk(int stage) const { return a_chunk(stage) + sum_chunk_bytes(kBytes); }
 
@@ -125,38 +137,64 @@ class PixelSumBlock {
 
   struct Pixel {
     bool there;
-    int64_t n, h, w;
+    int32_t n, h, w;
   };
 
   TC_DEVICE Pixel pixel_of(int64_t index) const {
     if (index >= pixels) return {false, 0, 0, 0};
-    if (pixels <= 0x7fffffff) {  // divisions of 32 bits take a quarter of the time
-      const uint32_t columns = static_cast<uint32_t>(p.w.grid), rows = static_cast<uint32_t>(p.h.grid);
-      const uint32_t at = static_cast<uint32_t>(index), row = at / columns, image = row / rows;
-      return {true, image, row - image * rows, at - row * columns};
-    }
     const int64_t row = index / p.w.grid;
-    return {true, row / p.h.grid, row % p.h.grid, index % p.w.grid};
+    return {true, static_cast<int32_t>(row / p.h.grid), static_cast<int32_t>(row % p.h.grid),
+            static_cast<int32_t>(index % p.w.grid)};
+  }
+
+  // The pixel of this thread's row, which steps from one row of the block's to the next.
+  struct Cursor {
+    Pixel pixel;
+    int64_t index;
+  };
+
+  TC_DEVICE Cursor cursor_at(int64_t first) const {
+    const int64_t index = first + thread_index() / kPieces;
+    // Beyond the last pixel it counts on, for nothing.
+    Pixel pixel = pixel_of(index < pixels ? index : 0);
+    pixel.there = index < pixels;
+    return {pixel, index};
+  }
+
+  TC_DEVICE void advance(Cursor& at) const {
+    at.index += kRows;
+    at.pixel.w += step_w;
+    if (at.pixel.w >= columns) {
+      at.pixel.w -= columns;
+      ++at.pixel.h;
+    }
+    at.pixel.h += step_h;
+    if (at.pixel.h >= rows) {
+      at.pixel.h -= rows;
+      ++at.pixel.n;
+    }
+    at.pixel.n += step_n;
+    at.pixel.there = at.index < pixels;
   }
 
   // kSumPixels pixels of both matrices; zeros beyond their channels, beyond the last pixel and on the border.
-  TC_DEVICE void load_chunks(int64_t first, int32_t q, int stage) {
+  TC_DEVICE void load_chunks(Cursor& at, int64_t first, int32_t q, int stage) {
     const Storage* a = static_cast<const Storage*>(p.a) + q * p.a_slice;
     const Storage* b = static_cast<const Storage*>(p.b) + q * p.b_slice;
 #pragma unroll
     for (int32_t turn = 0; turn < kSumPixels / kRows; ++turn) {
       const int32_t row = turn * kRows + thread_index() / kPieces, piece = thread_index() % kPieces;
-      const Pixel at = pixel_of(first + row);
-      if (a_vectors) load_left(a_chunk(stage), a, at, row, piece, a_side);
-      if (b_vectors) load_right(b_chunk(stage), b, at, row, piece, b_side);
+      if (a_vectors) load_left(a_chunk(stage), a, at.pixel, row, piece, a_side);
+      if (b_vectors) load_right(b_chunk(stage), b, at.pixel, row, piece, b_side);
+      advance(at);
     }
     if (a_vectors && b_vectors) return;
     // Channels that lie apart: neighbouring threads take neighbouring pixels.
     for (int32_t i = thread_index(); i < kSumPixels * kPieces; i += kSumThreads) {
       const int32_t row = i % kSumPixels, piece = i / kSumPixels;
-      const Pixel at = pixel_of(first + row);
-      if (!a_vectors) load_left(a_chunk(stage), a, at, row, piece, left_side(piece));
-      if (!b_vectors) load_right(b_chunk(stage), b, at, row, piece, right_side(piece));
+      const Pixel pixel = pixel_of(first + row);
+      if (!a_vectors) load_left(a_chunk(stage), a, pixel, row, piece, left_side(piece));
+      if (!b_vectors) load_right(b_chunk(stage), b, pixel, row, piece, right_side(piece));
     }
   }
 
@@ -177,8 +215,8 @@ class PixelSumBlock {
   static TC_DEVICE void load_piece(char* to, const Storage* from, const Strides4& s, int64_t n, int64_t h, int64_t w,
                                    int32_t channel, int32_t channels, bool inside, bool vectors) {
     const Storage* at = inside ? from + n * s.n + h * s.h + w * s.w + channel * s.c : from;
-    if (vectors && (!inside || channel + kElements <= channels)) {
-      copy_async(to, at, inside ? 16 : 0);
+    if (vectors) {
+      copy_async(to, at, inside ? piece_bytes<Storage>(channels - channel) : 0);
     } else {
       gather_piece<E>(to, at, s.c, inside ? channels - channel : 0);
     }
@@ -228,8 +266,10 @@ class PixelSumBlock {
   }
 
   TC_DEVICE void store(const Accumulators<2, 4>& acc) const {
-    const int64_t rows = sum_rows(p);
-    float* to = p.partial + work.split * rows * p.n;
+    const int64_t all_rows = sum_rows(p);
+    // On the diagonal a tile keeps its own columns only.
+    const int32_t pitch = sum_columns(p), from = p.diagonal ? work.n : 0;
+    float* to = p.partial + work.split * all_rows * pitch;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -238,7 +278,7 @@ class PixelSumBlock {
         for (int e = 0; e < 4; ++e) {
           const int64_t m = work.m + quarter_m() + 16 * i + lane / 4 + 8 * (e / 2);
           const int32_t n = work.n + quarter_n() + 8 * j + 2 * (lane % 4) + e % 2;
-          if (m < rows && n < p.n) to[m * p.n + n] = acc.value[i][j][e];
+          if (m < all_rows && n < p.n) to[m * pitch + n - from] = acc.value[i][j][e];
         }
       }
     }
@@ -260,6 +300,9 @@ class PixelSumBlock {
   char* const shared;
   const int lane, warp;
   const int64_t pixels;
+  // Sizes of the grid are at most 2^31: the bindings see to it.
+  const int32_t rows = static_cast<int32_t>(p.h.grid), columns = static_cast<int32_t>(p.w.grid);
+  const int32_t step_w = kRows % columns, step_h = kRows / columns % rows, step_n = kRows / columns / rows;
   Side a_side, b_side;
   const bool a_vectors = takes_vectors(p.a, p.a_strides, p.a_slice);
   const bool b_vectors = takes_vectors(p.b, p.b_strides, p.b_slice);
@@ -271,41 +314,50 @@ pixel_sum_kernel(const TC_GRID_CONSTANT PixelSumParams p) {
   PixelSumBlock<E>(p).run();
 }
 
-// A lane an element of the result; the warps of a block share the splits, and the first one adds what they found, in
-// order.
+// A lane an element of the result; `ways` warps share the splits, and the first of them adds what they found, in order.
 constexpr int kFinishWarps = 16;
+
+TC_HOST_DEVICE int finish_ways(int64_t splits) {
+  int ways = 1;
+  while (ways < kFinishWarps && ways < splits) ways *= 2;
+  return ways;
+}
+
+TC_HOST_DEVICE int64_t finish_blocks(int64_t count, int64_t splits) {
+  const int64_t at_once = 32 * kFinishWarps / finish_ways(splits);
+  return (count + at_once - 1) / at_once;
+}
 
 template <typename E>
 TC_KERNEL(kFinishWarps * 32, 2)
 pixel_sum_finish_kernel(const TC_GRID_CONSTANT PixelSumFinishParams p, int64_t count) {
   using Storage = typename E::Storage;
-  const int lane = thread_index() % 32, warp = warp_index();
+  const int lane = thread_index() % 32, warp = warp_index(), ways = finish_ways(p.splits), way = warp % ways;
   const int64_t columns = p.diagonal ? 1 : p.n, taps = p.taps_h * p.taps_w;
   const int64_t sums = p.out == nullptr ? 0 : taps * p.m * columns;
-  const int64_t i = block_index() * 32 + lane;
+  const int64_t i = (block_index() * (kFinishWarps / ways) + warp / ways) * 32 + lane;
   const bool is_bias = i >= sums;
   const int64_t m = is_bias ? i - sums : i / columns % p.m, tap = is_bias ? 0 : i / columns / p.m;
-  const int64_t n = p.diagonal ? m : i % columns;
+  const int64_t n = p.diagonal ? 0 : i % columns;
   float sum = 0.0f;
   if (i < count) {
-    const float* from = is_bias ? p.partial_bias + m : p.partial + (tap * p.m_pitch + m) * p.n + n;
-    const int64_t step = is_bias ? p.m : taps * p.m_pitch * p.n;
+    const int64_t pitch = p.diagonal ? kSumTile : p.n, column = p.diagonal ? m % kSumTile : n;
+    const float* from = is_bias ? p.partial_bias + m : p.partial + (tap * p.m_pitch + m) * pitch + column;
+    const int64_t step = is_bias ? p.m : taps * p.m_pitch * pitch;
 #pragma unroll 8
-    for (int64_t split = warp; split < p.splits; split += kFinishWarps) sum += from[split * step];
+    for (int64_t split = way; split < p.splits; split += ways) sum += from[split * step];
   }
   float* found = reinterpret_cast<float*>(shared_memory());
   found[warp * 32 + lane] = sum;
   sync_block();
   const int64_t slice = n / p.slice_padded, rest = n - slice * p.slice_padded;
-  if (warp != 0 || i >= count || (!is_bias && !p.diagonal && rest >= p.slice)) return;
-  for (int other = 1; other < kFinishWarps; ++other) sum += found[other * 32 + lane];
+  if (way != 0 || i >= count || (!is_bias && !p.diagonal && rest >= p.slice)) return;
+  for (int other = 1; other < ways; ++other) sum += found[(warp + other) * 32 + lane];
   if (is_bias) {
     static_cast<Storage*>(p.out_bias)[m] = E::from_float(sum);
   } else {
-    const int64_t column = p.diagonal ? 0 : slice * p.slice + rest;
-    static_cast<Storage*>(
-        p.out)[m * p.stride_m + column * p.stride_n + tap / p.taps_w * p.stride_h + tap % p.taps_w * p.stride_w] =
-        E::from_float(sum);
+    static_cast<Storage*>(p.out)[m * p.stride_m + (slice * p.slice + rest) * p.stride_n + tap / p.taps_w * p.stride_h +
+                                 tap % p.taps_w * p.stride_w] = E::from_float(sum);
   }
 }
 

@@ -27,6 +27,9 @@ TC_HOST_DEVICE int64_t sum_rows(const PixelSumParams& p) {
   return static_cast<int64_t>(p.h.taps) * p.w.taps * p.m_pitch;
 }
 
+// Columns of the partial results: on the diagonal those of one tile.
+TC_HOST_DEVICE int32_t sum_columns(const PixelSumParams& p) { return p.diagonal ? kSumTile : p.n; }
+
 TC_HOST_DEVICE int64_t sum_tiles(int64_t size) { return (size + kSumTile - 1) / kSumTile; }
 
 // What a block computes.

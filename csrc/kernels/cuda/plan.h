@@ -59,6 +59,8 @@ inline double predicted_clocks(const BottleneckParams& p, const DeviceLimits& de
 // Fills the tile's counts from its sizes; false where it does not fit the device.
 inline bool complete(BottleneckParams& p, const DeviceLimits& device) {
   Tile& t = p.tile;
+  // More positions than the warps have rows for would be left out.
+  if (static_cast<int64_t>(t.images) * t.rows * t.columns > t.warps * t.blocks_m * 16) return false;
   t.tiles_n = ceil_div(p.batch, t.images);
   t.tiles_h = ceil_div(p.h.grid, t.rows);
   t.tiles_w = ceil_div(p.w.grid, t.columns);
@@ -83,8 +85,10 @@ namespace detail {
 inline Tile tile_form(const BottleneckParams& p) {
   const int32_t widest = std::max(p.rank_in, p.rank_out) * (p.core == Core::kFull ? 1 : p.ring);
   Tile form;
-  form.blocks_m = widest <= 64 ? 2 : 1;
-  form.blocks_n = widest <= 32 ? 4 : widest <= 64 ? 8 : 16;
+  // Numbers in two parts take twice the registers: wider ranks go through in several passes.
+  const bool split = p.element == Element::kFloat32;
+  form.blocks_m = widest <= (split ? 32 : 64) ? 2 : 1;
+  form.blocks_n = widest <= 32 ? 4 : widest <= 64 || split ? 8 : 16;
   return form;
 }
 
@@ -134,7 +138,7 @@ inline bool plan_tile(BottleneckParams& p, const DeviceLimits& device) {
     }
   }
   // Ranks so large that none of these fits: fewer and fewer rows and columns.
-  for (int32_t size = 32; least < 0 && size >= 1; size /= 2) {
+  for (int32_t size = 16 * form.blocks_m; least < 0 && size >= 1; size /= 2) {
     form.warps = 1;
     form.images = 1;
     form.rows = std::min<int64_t>(p.h.grid, size / 4 < 1 ? 1 : size / 4);

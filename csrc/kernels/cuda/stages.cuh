@@ -129,6 +129,12 @@ TC_DEVICE void gather_piece(char* to, const typename E::Storage* from, int64_t s
   *reinterpret_cast<Piece*>(to) = piece;
 }
 
+// Bytes of a piece that hold so many elements.
+template <typename Storage>
+TC_DEVICE int32_t piece_bytes(int32_t elements) {
+  return least(elements * static_cast<int32_t>(sizeof(Storage)), 16);
+}
+
 // Brings a chunk of channels of `rows` pixels to shared memory. `offsets[row]` is the pixel's first channel, in
 // elements, or below zero for zeros. Channels that lie next to each other and aligned come asynchronously.
 template <typename E>
@@ -146,7 +152,7 @@ TC_DEVICE void load_chunk(char* to, const void* image, const int64_t* offsets, i
     const bool inside = offset >= 0 && channel < channels;
     char* at = to + row * kChunkPitch + piece * 16;
     if (vectors) {
-      copy_async(at, inside ? from + offset + channel : from, inside ? 16 : 0);
+      copy_async(at, inside ? from + offset + channel : from, inside ? piece_bytes<Storage>(channels - channel) : 0);
     } else {
       gather_piece<E>(at, inside ? from + offset + channel * channel_stride : from, channel_stride,
                       inside ? channels - channel : 0);

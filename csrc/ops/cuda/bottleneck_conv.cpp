@@ -55,7 +55,8 @@ Convolution conv_problem(const ConvKind& kind, const ConvSizes& sizes, const Con
        {sizes.rank_out, sizes.rank_in, sizes.c_in, sizes.c_out, kind.ring * sizes.rank_in, kind.ring * sizes.rank_out,
         window.stride[0], window.stride[1], window.padding[0], window.padding[2], window.dilation[0] * sizes.kernel_h,
         window.dilation[1] * sizes.kernel_w}) {
-    STD_TORCH_CHECK(v <= kMost, op, ": ranks, channels, stride, padding and dilated kernel must be at most ", kMost,
+    STD_TORCH_CHECK(v <= kMost, op,
+                    ": batch, image, ranks, channels, stride, padding and dilated kernel must be at most ", kMost,
                     ", got ", v);
   }
   Convolution c;
@@ -86,8 +87,6 @@ Convolution conv_problem(const ConvKind& kind, const ConvSizes& sizes, const Con
   return c;
 }
 
-bool kernels_take(const Convolution& c, const CallDevice& device) { return !device.old() && fits(c, device.limits()); }
-
 Tensor pack_conv(const Convolution& c, const CallDevice& device, const Tensor& core, const Tensor& factor_out,
                  const Tensor& factor_in) {
   Tensor packed = bytes_on(core, packed_bytes(c));
@@ -100,17 +99,11 @@ Tensor pack_conv(const Convolution& c, const CallDevice& device, const Tensor& c
 Tensor run_conv(const Convolution& c, const CallDevice& device, const Tensor& x, const Tensor& packed,
                 const std::optional<Tensor>& bias, bool from_rank, const char* op) {
   Tensor y = image_on(x, c.batch, c.c_out, c.out_height, c.out_width, suggests_channels_last(x));
-  std::optional<Tensor> dense_bias;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c.c_out && bias->scalar_type() == x.scalar_type() &&
-                        bias->get_device_index() == x.get_device_index(),
-                    op, ": bias must be [C_out] with C_out = ", c.c_out, " in the dtype and on the device of x, got ",
-                    sizes_of(*bias));
-    dense_bias = dense(*bias);
-  }
+  const std::optional<Tensor> kept_bias =
+      dense_bias(op, "[C_out] with C_out = " + std::to_string(c.c_out), bias, x, c.c_out);
   if (y.numel() == 0) return y;
   TC_CHECK_LAUNCH(forward(c, device.limits(), image_of(x), packed.const_data_ptr(),
-                          dense_bias.has_value() ? dense_bias->const_data_ptr() : nullptr, from_rank,
+                          kept_bias.has_value() ? kept_bias->const_data_ptr() : nullptr, from_rank,
                           y.mutable_data_ptr(), image_strides(y), device.stream()));
   return y;
 }
@@ -190,10 +183,8 @@ Tensor run_packed(const char* op, const Tensor& x, const Tensor& packed, const s
   const Convolution c =
       conv_problem(kind, {g[0], g[1], g[2], g[3], g[4], g[5]}, window, x, g.size() == 15 && g[14] != 0, from_rank);
   const CallDevice device(x);
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      packed.get_device_index() == x.get_device_index() &&
-                      packed.numel() == static_cast<int64_t>(packed_bytes(c)),
-                  op, ": the weights were packed for other sizes, another dtype or another device: pack them again");
+  STD_TORCH_CHECK(is_packed_for(c, packed, x), op,
+                  ": the weights were packed for other sizes, another dtype or another device: pack them again");
   STD_TORCH_CHECK(kernels_take(c, device), op, ": ranks too large for this device's shared memory");
   STD_TORCH_CHECK(x.numel() != 0 || x.size(0) == 0, op, ": x must have pixels, got ", sizes_of(x));
   if (x.numel() == 0) return image_on(x, c.batch, c.c_out, c.out_height, c.out_width, suggests_channels_last(x));

@@ -34,9 +34,6 @@ ConvSizes conv_sizes(const ConvKind& kind, const Tensor& core, const Tensor& fac
 Convolution conv_problem(const ConvKind& kind, const ConvSizes& sizes, const ConvWindow& window, const Tensor& x,
                          bool allow_tf32, bool from_rank = false);
 
-// Whether the kernels take this problem: sizes of 32 bits but batch and image, and tiles that fit shared memory.
-bool kernels_take(const Convolution& c, const CallDevice& device);
-
 Tensor run_conv(const Convolution& c, const CallDevice& device, const Tensor& x, const Tensor& packed,
                 const std::optional<Tensor>& bias, bool from_rank, const char* op);
 

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,16 +43,16 @@ struct CallDevice {
 // Makes the device of a tensor the current one for a call.
 class CallDevice {
  public:
-  explicit CallDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+  explicit CallDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
+    limits_ = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+               attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  }
   cudaStream_t stream() const {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
-  DeviceLimits limits() const {
-    return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-  }
+  const DeviceLimits& limits() const { return limits_; }
   // Before Ampere there are neither asynchronous copies nor these matrix instructions.
   bool old() const { return attribute(cudaDevAttrComputeCapabilityMajor) < 8; }
 
@@ -63,9 +64,15 @@ class CallDevice {
   }
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
+  DeviceLimits limits_;
 };
 
 #endif
+
+// Whether the kernels take a problem on a device: tiles that fit its shared memory.
+inline bool kernels_take(const Convolution& c, const CallDevice& device) {
+  return !device.old() && fits(c, device.limits());
+}
 
 inline std::string sizes_of(const Tensor& t) {
   std::string text = "[";
@@ -109,6 +116,23 @@ inline Tensor bytes_on(const Tensor& like, size_t bytes) {
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Whether these bytes are weights packed for a problem, as far as can be told without reading them.
+inline bool is_packed_for(const Convolution& c, const Tensor& packed, const Tensor& x) {
+  return packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+         packed.get_device_index() == x.get_device_index() && packed.numel() == static_cast<int64_t>(packed_bytes(c)) &&
+         reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
+}
+
+// The bias of a call, dense; raises where it does not fit.
+inline std::optional<Tensor> dense_bias(const char* op, const std::string& expected, const std::optional<Tensor>& bias,
+                                        const Tensor& x, int64_t c_out) {
+  if (!bias.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c_out && bias->scalar_type() == x.scalar_type() &&
+                      bias->get_device_index() == x.get_device_index(),
+                  op, ": bias must be ", expected, " in the dtype and on the device of x, got ", sizes_of(*bias));
+  return dense(*bias);
+}
 
 // A dense tensor of up to four dimensions in the dtype of `like`.
 template <size_t kDims>

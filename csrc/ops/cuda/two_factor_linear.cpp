@@ -1,6 +1,7 @@
 // torch.ops.tensorcomp.two_factor_linear for CUDA, forward, backward and packed: a bottleneck without a core, whose
 // pixels are the rows.
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -17,11 +18,15 @@ struct PairSizes {
   int64_t out, rank, in;
 };
 
-Convolution pair_problem(const PairSizes& s, int64_t rows, Element element) {
+// Empty features are summed by the oracle, and so many rows as 32 bits cannot count.
+bool in_range(const PairSizes& s, int64_t rows) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
-  for (const int64_t v : {s.out, s.rank, s.in}) {
-    STD_TORCH_CHECK(v >= 1 && v <= kMost, kName, ": features and rank must be in [1, ", kMost, "], got ", v);
-  }
+  return std::min({s.out, s.rank, s.in}) >= 1 && std::max({s.out, s.rank, s.in, rows}) <= kMost;
+}
+
+Convolution pair_problem(const PairSizes& s, int64_t rows, Element element) {
+  STD_TORCH_CHECK(in_range(s, rows), kName, ": features and rank must be at least 1 and of 31 bits, got ", s.out, ", ",
+                  s.rank, ", ", s.in, " and ", rows, " rows");
   Convolution c;
   c.element = element;
   c.core = Core::kNone;
@@ -98,32 +103,23 @@ Strides4 dense_rows(int64_t rows, int64_t features) { return {rows * features, 1
 
 Tensor packed_pair(const Convolution& c, const CallDevice& device, const Tensor& a, const Tensor& b) {
   Tensor packed = bytes_on(a, packed_bytes(c));
-  // The kernels take both factors with the rank last.
-  const Tensor out = dense(a), in = torch::stable::contiguous(torch::stable::transpose(b, 0, 1));
+  const Tensor out = dense(a), in = dense(b);
   TC_CHECK_LAUNCH(
-      pack(c, {nullptr, out.const_data_ptr(), in.const_data_ptr()}, packed.mutable_data_ptr(), device.stream()));
+      pack(c, {nullptr, out.const_data_ptr(), in.const_data_ptr(), true}, packed.mutable_data_ptr(), device.stream()));
   return packed;
 }
 
 Tensor run_pair(const Convolution& c, const CallDevice& device, const Tensor& x, const Tensor& packed,
                 const std::optional<Tensor>& bias) {
   Tensor y = rows_like(x, c.c_out);
-  std::optional<Tensor> dense_bias;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c.c_out && bias->scalar_type() == x.scalar_type() &&
-                        bias->get_device_index() == x.get_device_index(),
-                    kName, ": bias must be [", c.c_out, "] in the dtype and on the device of x, got ", sizes_of(*bias));
-    dense_bias = dense(*bias);
-  }
+  const std::optional<Tensor> kept_bias = dense_bias(kName, "[" + std::to_string(c.c_out) + "]", bias, x, c.c_out);
   if (y.numel() == 0) return y;
   const Rows rows(x);
   TC_CHECK_LAUNCH(forward(c, device.limits(), rows.image, packed.const_data_ptr(),
-                          dense_bias.has_value() ? dense_bias->const_data_ptr() : nullptr, false, y.mutable_data_ptr(),
+                          kept_bias.has_value() ? kept_bias->const_data_ptr() : nullptr, false, y.mutable_data_ptr(),
                           dense_rows(c.width, c.c_out), device.stream()));
   return y;
 }
-
-bool kernels_take(const Convolution& c, const CallDevice& device) { return !device.old() && fits(c, device.limits()); }
 
 Tensor two_factor_linear(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias,
                          bool allow_tf32) {
@@ -132,8 +128,11 @@ Tensor two_factor_linear(const Tensor& x, const Tensor& a, const Tensor& b, std:
     const PairSizes sizes = checked_sizes(a, b);
     STD_TORCH_CHECK(a.scalar_type() == x.scalar_type() && a.get_device_index() == x.get_device_index(), kName,
                     ": x and the factors must have one dtype and lie on one device");
-    const Convolution c = pair_problem(sizes, rows_of(x, "x", sizes.in), element_of(x, allow_tf32));
-    if (kernels_take(c, device)) return run_pair(c, device, x, packed_pair(c, device, a, b), bias);
+    const int64_t rows = rows_of(x, "x", sizes.in);
+    if (in_range(sizes, rows)) {
+      const Convolution c = pair_problem(sizes, rows, element_of(x, allow_tf32));
+      if (kernels_take(c, device)) return run_pair(c, device, x, packed_pair(c, device, a, b), bias);
+    }
   }
   using torch::stable::detail::from;
   std::array<StableIValue, 5> stack{from(x), from(a), from(b), from(bias), from(allow_tf32)};
@@ -152,7 +151,7 @@ Results two_factor_linear_backward(const Tensor& grad, const Tensor& x, const Te
                       a.scalar_type() == x.scalar_type() && grad.get_device_index() == x.get_device_index() &&
                       a.get_device_index() == x.get_device_index(),
                   kName, ": grad must have the shape, dtype and device of the output");
-  const bool native = served(x);
+  const bool native = served(x) && in_range(sizes, rows);
   const Convolution c = native ? pair_problem(sizes, rows, element_of(x, allow_tf32)) : Convolution();
   if (!native || !kernels_take(c, device)) {
     using torch::stable::detail::from;
@@ -166,33 +165,29 @@ Results two_factor_linear_backward(const Tensor& grad, const Tensor& x, const Te
   const auto empty = [&] { return contiguous_on<1>(x, {0}); };
   Tensor grad_x = wanted(0) ? rows_like(x, sizes.in) : empty();
   Tensor grad_a = wanted(1) ? contiguous_on<2>(x, {sizes.out, sizes.rank}) : empty();
-  Tensor grad_b_rows = wanted(2) ? contiguous_on<2>(x, {sizes.in, sizes.rank}) : empty();
+  Tensor grad_b = wanted(2) ? contiguous_on<2>(x, {sizes.rank, sizes.in}) : empty();
   Tensor grad_bias = wanted(3) ? contiguous_on<1>(x, {sizes.out}) : empty();
-  const auto results = [&]() -> Results {
-    // b lies with the rank first, the kernels' gradient with the rank last.
-    Tensor grad_b = wanted(2) ? torch::stable::contiguous(torch::stable::transpose(grad_b_rows, 0, 1)) : grad_b_rows;
-    return {grad_x, grad_a, grad_b, grad_bias};
-  };
   if (rows == 0) {
-    for (Tensor* t : {&grad_x, &grad_a, &grad_b_rows, &grad_bias}) torch::stable::zero_(*t);
-    return results();
+    for (Tensor* t : {&grad_x, &grad_a, &grad_b, &grad_bias}) torch::stable::zero_(*t);
+    return {grad_x, grad_a, grad_b, grad_bias};
   }
   Gradients g;
+  g.factor_in_rank_first = true;
   if (wanted(0)) {
     g.x = grad_x.mutable_data_ptr();
     g.x_strides = dense_rows(rows, sizes.in);
   }
   if (wanted(1)) g.factor_out = grad_a.mutable_data_ptr();
-  if (wanted(2)) g.factor_in = grad_b_rows.mutable_data_ptr();
+  if (wanted(2)) g.factor_in = grad_b.mutable_data_ptr();
   if (wanted(3)) g.bias = grad_bias.mutable_data_ptr();
   const DeviceLimits limits = device.limits();
   Tensor scratch = bytes_on(x, backward_scratch(c, limits, g));
-  const Tensor out = dense(a), in = torch::stable::contiguous(torch::stable::transpose(b, 0, 1));
+  const Tensor out = dense(a), in = dense(b);
   const Rows grad_rows(grad), x_rows(x);
   TC_CHECK_LAUNCH(backward(c, limits, grad_rows.image, x_rows.image,
-                           {nullptr, out.const_data_ptr(), in.const_data_ptr()}, g, scratch.mutable_data_ptr(),
+                           {nullptr, out.const_data_ptr(), in.const_data_ptr(), true}, g, scratch.mutable_data_ptr(),
                            device.stream()));
-  return results();
+  return {grad_x, grad_a, grad_b, grad_bias};
 }
 
 Tensor two_factor_linear_pack(const Tensor& a, const Tensor& b) {
@@ -210,10 +205,8 @@ Tensor two_factor_linear_packed(const Tensor& x, const Tensor& packed, std::opti
   const CallDevice device(x);
   const Convolution c =
       pair_problem({sizes[0], sizes[1], sizes[2]}, rows_of(x, "x", sizes[2]), element_of(x, sizes[3] != 0));
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      packed.get_device_index() == x.get_device_index() &&
-                      packed.numel() == static_cast<int64_t>(packed_bytes(c)),
-                  kName, "_packed: the factors were packed for other sizes, another dtype or another device");
+  STD_TORCH_CHECK(is_packed_for(c, packed, x), kName,
+                  "_packed: the factors were packed for other sizes, another dtype or another device");
   STD_TORCH_CHECK(kernels_take(c, device), kName, "_packed: the rank is too large for this device's shared memory");
   return run_pair(c, device, x, packed, bias);
 }

@@ -245,7 +245,7 @@ void meet_warp(int site, void* argument, void (*together)(void* const* arguments
 }
 
 void copy(void* to, const void* from, int bytes) {
-  if (bytes != 0 && bytes != 16) fail("an asynchronous copy of a size other than 0 or 16");
+  if (bytes < 0 || bytes > 16) fail("an asynchronous copy of a size other than 0 to 16");
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("an asynchronous copy to an address not aligned to 16 bytes");
   if (bytes != 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     fail("an asynchronous copy from an address not aligned to 16 bytes");

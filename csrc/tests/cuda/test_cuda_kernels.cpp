@@ -196,6 +196,34 @@ void test_every_mask() {
   }
 }
 
+// Devices so small that tiles are, and a result in 8 or fewer columns: the forms that large ranks meet elsewhere.
+void test_small_devices() {
+  emulation::set_order(Order::kDescending);
+  for (const int32_t kilobytes : {16, 20, 32}) {
+    const DeviceLimits device{2, kilobytes * 1024, (kilobytes + 1) * 1024};
+    for (const Element element : {Element::kBfloat16, Element::kFloat32}) {
+      for (const int32_t rank : {34, 66}) {
+        const Convolution c = convolution({F, 1, 9, 8, 12, rank, rank, 10, 1, 3, 3, 1, 1, 1, 1, 1, 1}, element);
+        if (!fits(c, device)) continue;
+        Problem problem(c, Layout::kChannelsLast, 11);
+        const Answer answer = problem.answer();
+        check_forward(problem, answer, device, Layout::kChannelsLast, kilobytes);
+        check_backward(problem, answer, device, Layout::kChannelsLast, kilobytes, 31);
+      }
+    }
+  }
+}
+
+// Large and small numbers of float32 come through the two parts each is split in.
+void test_extreme_values() {
+  const Convolution c = convolution({N, 1, 1, 4, 3, 2, 2, 3}, Element::kFloat32);
+  Problem problem(c, Layout::kChannelsLast, 13);
+  problem.x.array.set(0, 3.4e38);
+  for (int64_t i = 0; i < problem.factor_in.size(); ++i) problem.factor_in.set(i, 1e-3 * problem.factor_in[i]);
+  const Answer answer = problem.answer();
+  check_forward(problem, answer, kDevices[0], Layout::kChannelsLast, 0);
+}
+
 // Rank-space input: core and last factor only.
 void test_from_rank() {
   for (const Element element : {Element::kBfloat16, Element::kFloat32}) {
@@ -246,6 +274,8 @@ void test_reproducible() {
 int main() {
   test_cases();
   test_every_mask();
+  test_small_devices();
+  test_extreme_values();
   test_from_rank();
   test_reproducible();
   return result("cuda_kernels");

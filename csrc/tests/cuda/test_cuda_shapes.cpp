@@ -169,6 +169,26 @@ void test_tiles() {
   });
 }
 
+// Ranks so large that only the smallest tiles are left.
+void test_tiles_of_large_ranks() {
+  const Axis axis = convolution_axis(9, 9, 3, 1, 1, 1);
+  for (const int32_t kilobytes : {12, 16, 24, 48, 99, 163, 227}) {
+    const DeviceLimits device{4, kilobytes * 1024, (kilobytes + 1) * 1024};
+    for (const int32_t rank : {20, 50, 66, 130, 300, 500, 700, 1000, 1500, 2000})
+      for (const Core core : {Core::kFull, Core::kDepthwise}) {
+        for (const Element element : {Element::kBfloat16, Element::kFloat32}) {
+          BottleneckParams p = small_problem(axis, axis, 2, core);
+          p.element = element;
+          p.rank_in = p.rank_out = rank;
+          BottleneckParams smallest = p;
+          const bool any = detail::smallest_tile(smallest, device);
+          if (!CHECK(plan_tile(p, device) == any) || !any) continue;
+          check_tiles(p);
+        }
+      }
+  }
+}
+
 // Regions of shared memory hold what is kept in them, and end within what the device has.
 void test_shared_layout() {
   for (const int32_t rank : {1, 16, 17, 64, 65, 130, 200})
@@ -261,6 +281,7 @@ int main() {
   test_axes();
   test_input_spans();
   test_tiles();
+  test_tiles_of_large_ranks();
   test_shared_layout();
   test_packing();
   test_sum_blocks();
