@@ -53,6 +53,10 @@ class PlannedLayer(nn.Module, ABC):
     once, and a change of the factors is noticed by their version counters; with gradients they read the
     factors at each call. Under torch.compile, in torch.func transforms and forward-mode AD, or with tensor
     subclasses the plan's functional form runs and nothing is kept.
+
+    A CUDA graph reads weights prepared before its capture where they lie: after a change of the factors,
+    ``train()``, ``eval()``, ``to()`` or ``clear_cache()`` it must be captured again. Without such weights it
+    prepares its own at every replay.
     """
 
     weight: Format
@@ -218,7 +222,10 @@ class PlannedLayer(nn.Module, ABC):
     def prepared(
         self, plan: str, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """Weights of a plan, made once a state of the factors (at every call where states look alike)."""
+        """Weights of a plan, made once a state of the factors.
+
+        Made at every call where states look alike, or where a CUDA graph captures them.
+        """
         state = self._renewed()
         if state is None:
             with torch.no_grad():

@@ -25,6 +25,14 @@ def _count_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_post_hook(_count_fused_step)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is now queued on ``device`` only goes into a CUDA graph, to run when that is replayed."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class Prepared:
     """Prepared weights and bound calls for one state of a layer's factors.
 
@@ -32,15 +40,18 @@ class Prepared:
     optimizer steps. The pointers cannot be reused by other memory while the state lives, because ``aliases``
     keeps the storages. Writes through ``Tensor.data`` move no version counter and stay unseen until
     ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
+
+    While a CUDA graph is captured nothing is kept: weights made there lie in the graph's own memory and have
+    no values before its first replay.
     """
 
-    __slots__ = ("aliases", "bound", "device_type", "fused_steps", "snapshot", "weights")
+    __slots__ = ("aliases", "bound", "device", "fused_steps", "snapshot", "weights")
 
     def __init__(self, factors: Mapping[str, Tensor]) -> None:
         self.snapshot = tuple((n, f, f._version, f.data_ptr()) for n, f in factors.items())
         self.fused_steps = _fused_steps[0]
         self.aliases = tuple(f.detach() for f in factors.values())
-        self.device_type = next(iter(factors.values())).device.type if factors else "cpu"
+        self.device = next((f.device for f in factors.values()), torch.device("cpu"))
         self.bound: dict[tuple[Any, ...], Bound] = {}
         self.weights: dict[tuple[str, torch.dtype], tuple[Tensor, ...]] = {}
 
@@ -59,6 +70,8 @@ class Prepared:
 
     def keep(self, key: tuple[Any, ...], bound: Bound) -> None:
         """Remember a bound call; shapes that never come back must not grow the table for ever."""
+        if capturing(self.device):
+            return
         if len(self.bound) >= _BOUND_LIMIT:
             self.bound.clear()
         self.bound[key] = bound
@@ -66,10 +79,12 @@ class Prepared:
     def prepare(
         self, plan: str, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """The plan's weights in ``dtype``, made on first use."""
+        """The plan's weights in ``dtype``, made on first use, and at each use in the capture of a graph."""
         found = self.weights.get((plan, dtype))
         if found is None:
             # Normal tensors whatever the caller's mode: an inference tensor could not meet autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                found = self.weights[plan, dtype] = make()
+                found = make()
+            if not capturing(self.device):
+                self.weights[plan, dtype] = found
         return found

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from tensorcomp_ext.nn import FactorizedConv2d
 from tensorcomp_ext.ops import tucker2_conv2d
-from tensorcomp_ext.plan import plans_for
+from tensorcomp_ext.plan import plans_for, state
 
 
 def make() -> FactorizedConv2d:
@@ -210,6 +210,44 @@ def test_parametrized_factor(plan: str) -> None:
     parametrize.remove_parametrizations(layer.weight, "core")
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected(layer, x))
+
+
+@every_plan
+def test_nothing_made_in_a_capture_is_kept(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make(), torch.randn(2, 6, 7, 5)
+    layer.plan = plan
+    core = layer.weight.core.data.clone()
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "capturing", lambda device: device == x.device)
+            # Weights made while a graph is captured have no values yet.
+            layer.weight.core.data.fill_(torch.nan)
+            assert layer(x).isnan().any()
+            layer.weight.core.data.copy_(core)
+            torch.testing.assert_close(layer(x), expected(layer, x))
+            assert layer._prepared is not None
+            assert not layer._prepared.weights and not layer._prepared.bound
+        torch.testing.assert_close(layer(x), expected(layer, x))
+        assert len(layer._prepared.weights) == len(layer._prepared.bound) == 1
+
+
+@every_plan
+def test_a_capture_uses_weights_that_are_ready(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, other = make(), torch.randn(2, 6, 7, 5), torch.randn(1, 6, 9, 9)
+    layer.plan = plan
+    asked: list[torch.device] = []
+    with torch.no_grad():
+        y = layer(x)
+        prepared = layer._prepared
+        assert prepared is not None
+        ((key, weights),) = prepared.weights.items()
+        monkeypatch.setattr(state, "capturing", lambda device: asked.append(device) or True)
+        torch.testing.assert_close(layer(x), y)
+        assert not asked  # a bound call pays nothing for this
+        torch.testing.assert_close(layer(other), expected(layer, other))
+        assert asked == [x.device] and layer._prepared is prepared
+        assert prepared.prepare(*key, lambda: pytest.fail("made anew")) is weights
+    assert list(prepared.weights) == [key] and len(prepared.bound) == 1
 
 
 def test_memory_policy_keeps_no_dense_copy() -> None:

@@ -97,6 +97,38 @@ def test_tf32_is_followed_from_call_to_call() -> None:
                     assert distance(layer(x), expected) <= (5e-3 if allowed else 1e-5), plan.name
 
 
+@pytest.mark.parametrize("ready", [False, True])
+def test_captured_calls(ready: bool) -> None:
+    """A first call inside a capture leaves nothing behind for eager calls; later ones use what is ready."""
+    for layer, x in ((convolution(), image()), (matrix(), torch.randn(9, 48, device="cuda"))):
+        exact = copy.deepcopy(layer).double().to_dense()(x.double()).detach()
+        for plan in plans_for(layer):
+            if not plan.support(layer, layer.case(x, training=False)).ok:
+                continue
+            layer.plan = plan.name
+            with torch.no_grad():
+                # Libraries set themselves up outside of the capture.
+                (layer if ready else copy.deepcopy(layer))(x)
+                kept = dict(layer._prepared.weights) if layer._prepared is not None else {}
+                assert bool(kept) == ready, plan.name
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    y = layer(x)
+                assert layer._prepared is not None and layer._prepared.weights.keys() == kept.keys()
+                assert distance(layer(x), exact) <= TOLERANCES[x.dtype], plan.name  # before any replay
+                graph.replay()
+                assert distance(y, exact) <= TOLERANCES[x.dtype], plan.name
+                if ready:
+                    continue
+                for factor in layer.weight.parameters():
+                    factor.mul_(2)
+                wanted = copy.deepcopy(layer).double().to_dense()(x.double())
+                graph.replay()  # packs the factors as they are now
+                assert distance(y, wanted) <= TOLERANCES[x.dtype], plan.name
+                for factor in layer.weight.parameters():
+                    factor.div_(2)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_tuning(cuda_graphs: bool, training: bool) -> None:

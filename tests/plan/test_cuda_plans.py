@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from tensorcomp_ext.plan import (
     parts,
     rates,
     select,
+    state,
 )
 from tensorcomp_ext.plan import layer as layer_module
 from tensorcomp_ext.plan.fused_pair import FusedPair
@@ -147,6 +149,17 @@ def test_fused_pair_trains_through_the_op(monkeypatch: pytest.MonkeyPatch) -> No
             y = layer(x)
             assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), dense(x), atol=0.05, rtol=0.05)
+
+
+def test_captures_are_looked_for_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(state.torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
+    monkeypatch.setattr(
+        state.torch.cuda, "is_current_stream_capturing", lambda: bool(asked.append("stream")) or True
+    )
+    assert not state.capturing(torch.device("cpu")) and not asked
+    # The current stream is the one of the device that the call works on.
+    assert state.capturing(torch.device("cuda:1")) and asked == [torch.device("cuda:1"), "stream"]
 
 
 LAYERS: list[tuple[Callable[[], PlannedLayer], Callable[[], Tensor]]] = [
