@@ -20,17 +20,21 @@ def capture(call: Call, device: torch.device) -> Call:
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        # Round the capture too: where that fails, torch.cuda.graph leaves its stream the current one.
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):  # what libraries set up at their first calls must not be captured
                 call()
+            with torch.cuda.graph(graph, stream=side):  # begins with the device idle
+                result = call()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            result = call()
+
+    # The graph knows addresses only: the call holds what it reads, the result what it writes.
+    held = call, result
 
     def replay() -> object:
         graph.replay()
-        return result  # which keeps the memory that the graph writes to
+        return held[1]
 
     return replay
 

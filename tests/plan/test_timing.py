@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,6 +178,73 @@ def test_a_capture_is_warmed_up_on_the_side(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in fake.items():
         monkeypatch.setattr(graphs.torch.cuda, name, value)
     replay = graphs.capture(lambda: events.append("call") or "result", torch.device("cuda"))
-    begun = ["side waits for current", "side", "call", "call", "call", "current waits for side"]
-    assert events == [*begun, "capture", "call"]
+    begun = ["side waits for current", "side", "call", "call", "call"]
+    assert events == [*begun, "capture", "call", "current waits for side"]
     assert replay() == "result" and events[-1] == "replay" and events.count("call") == 4
+
+
+def test_a_replay_holds_what_its_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weights:
+        pass
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fake = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph, stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(graphs.torch.cuda, name, value)
+
+    def bound(weights: Weights) -> Callable[[], object]:
+        return lambda: weights is not None
+
+    weights = Weights()
+    seen = weakref.ref(weights)
+    replay = graphs.capture(bound(weights), torch.device("cuda"))
+    del weights
+    assert seen() is not None
+    del replay
+    assert seen() is None
+
+
+def test_a_failed_capture_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.cuda.graph`` makes its stream the current one and keeps it where the capture cannot end."""
+    current = ["default"]
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    @contextmanager
+    def chosen(stream: object) -> Iterator[None]:
+        before = current[:]
+        current[:] = ["side"]
+        try:
+            yield
+        finally:
+            current[:] = before
+
+    class Graph:
+        def __init__(self, graph: object, stream: object) -> None: ...
+
+        def __enter__(self) -> None:
+            current[:] = ["side"]
+
+        def __exit__(self, *error: object) -> None:
+            broken()
+
+    fake = {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": chosen,
+        "CUDAGraph": object,
+        "graph": Graph,
+        "device": lambda device: nullcontext(),
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(graphs.torch.cuda, name, value)
+    assert list(captured({"a": lambda: 1}, torch.device("cuda"))[1]) == ["a"]
+    assert current == ["default"]
