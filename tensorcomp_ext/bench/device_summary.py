@@ -107,11 +107,6 @@ def network_summary(rows: Sequence[Row]) -> dict[str, Any]:
             for r in good
             if not r["never_slower"]
         ],
-        "not_measurable": [
-            {"label": row["label"], "reason": row["not_measurable"]}
-            for row in rows
-            if "not_measurable" in row
-        ],
     }
 
 
@@ -137,6 +132,4 @@ def never_slower_line(results: dict[str, Any]) -> str:
     for row in found["slower"]:
         ratios = ", ".join(f"{number(row[mode])} {mode}" for mode in ("eager", "graph") if mode in row)
         text += f"\n  slower: {row['dtype']} {row['direction']} {row['label']} ({ratios})"
-    for row in found["not_measurable"]:
-        text += f"\n  not measurable: {row['label']}: {row['reason']}"
     return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,13 +34,9 @@ TIE = 1.02
 _KEYS = ("network", "batch", "rank", "dtype")
 _SIZES = {"resnet18": 224, "lenet5": 28}
 _CHANNELS = {"lenet5": 1}
-_NETWORKS = (*models.names(), "resnet18")
+_CLASSES = {"resnet18": 1000}
 _BATCHES = {"cpu": (1, 8, 32, 128), "cuda": (1, 8, 32, 128, 512)}
 _TUNE_S = 0.01
-
-
-class NotMeasurableError(ValueError):
-    """A network that is not installed here; the row gives the reason and is no failure."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,8 @@ def network_from_dict(row: Mapping[str, Any], where: str = "case") -> NetworkCas
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
     network, batch, rank = row.get("network"), row.get("batch"), row.get("rank", 0.3)
-    if network not in _NETWORKS:
-        raise ValueError(f"{where}: network must be one of {', '.join(_NETWORKS)}, got {network!r}")
+    if network not in models.names():
+        raise ValueError(f"{where}: network must be one of {', '.join(models.names())}, got {network!r}")
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ValueError(f"{where}: batch must be an int >= 1, got {batch!r}")
     if not isinstance(rank, float) or not 0 < rank <= 1:
@@ -109,22 +104,11 @@ def networks(name: str, rank: float) -> tuple[nn.Module, nn.Module]:
     """The dense network with random weights, and the same compressed; float32 on the CPU, channels-last.
 
     Batch normalisation has the statistics of one random batch, so that values stay of unit scale.
-
-    Raises:
-        NotMeasurableError: the network is not part of this package and its source is not installed.
     """
     # Under inference mode the weights would be inference tensors, which no layer can prepare once.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if name in models.names():
-            dense = models.build(name)
-        else:
-            try:
-                dense = importlib.import_module("torchvision.models").resnet18(weights=None)
-            except ImportError as error:
-                raise NotMeasurableError(
-                    f"{name} needs torchvision, which cannot be imported: {error}"
-                ) from error
+        dense = models.build(name, num_classes=_CLASSES.get(name, 10))
         x = _images(name, 4, torch.float32, "cpu")
         for module in dense.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -175,13 +159,9 @@ def measure_network(
         "device": device.name,
         "error": None,
     }
-    try:
-        dense, compressed = networks(case.network, case.rank)
-        with device.settings(case.dtype or "float32"), torch.set_grad_enabled(training):
-            row |= _measure(case, training, device, compiled, effort, dense, compressed)
-    except NotMeasurableError as error:
-        return row | {"not_measurable": str(error)}
-    return row
+    dense, compressed = networks(case.network, case.rank)
+    with device.settings(case.dtype or "float32"), torch.set_grad_enabled(training):
+        return row | _measure(case, training, device, compiled, effort, dense, compressed)
 
 
 class _Built:

@@ -50,8 +50,6 @@ def row_line(row: dict[str, Any]) -> str:
 
 def _network_line(row: dict[str, Any]) -> str:
     head = f"{row['case']['dtype']} {row['direction']} {row['label']}"
-    if "not_measurable" in row:
-        return f"{head}: not measurable: {row['not_measurable']}"
     if row["error"]:
         return f"{head}: FAILED {row['error']}"
     parts = [

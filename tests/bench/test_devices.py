@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+from tensorcomp_ext import models
 from tensorcomp_ext.bench import network as network_module
 from tensorcomp_ext.bench.__main__ import main
 from tensorcomp_ext.bench.candidates import Candidate
@@ -155,15 +156,8 @@ def test_network_row_compares_whole_networks():
     assert trained["error"] is None and trained["over_dense"]["eager"] > 0
 
 
-def test_network_that_is_not_installed_is_no_failure(monkeypatch):
-    def missing(name):
-        raise ImportError("No module named 'torchvision'")
-
-    monkeypatch.setattr(network_module.importlib, "import_module", missing)
-    network_module.networks.cache_clear()
-    row = measure_network(NetworkCase("resnet18", 1, 0.3, "float32"), "forward", 1, **OPTIONS)
-    assert row["error"] is None and "torchvision" in row["not_measurable"]
-    assert "not measurable" in row_line(row)
+def test_networks_are_the_packages_own():
+    assert {case.network for case in suite_cases("network", "cuda")} <= set(models.names())
 
 
 def test_wrong_logits_are_noticed(monkeypatch):

@@ -14,6 +14,7 @@ def count(model):
     ("name", "options", "parameters"),
     [
         ("lenet5", {}, 429_100),
+        ("resnet18", {"num_classes": 1000}, 11_689_512),
         ("resnet20", {}, 269_722),
         ("resnet32", {}, 464_154),
         ("resnet44", {}, 658_586),
@@ -52,6 +53,8 @@ def test_resnet32_counts_as_the_tensor_ring_papers_split_it():
     [
         ("lenet5", 1, 28, {}),
         ("lenet5", 3, 32, {"input_size": 32}),
+        ("resnet18", 3, 224, {}),
+        ("resnet18", 1, 33, {}),
         ("resnet20", 1, 28, {}),
         ("resnet20", 3, 33, {"option": "B"}),
         ("resnet20", 1, 16, {}),
@@ -64,6 +67,44 @@ def test_forward_shapes(name, channels, size, options, classes):
     model = models.build(name, num_classes=classes, in_channels=channels, **options).eval()
     with torch.inference_mode():
         assert model(torch.randn(2, channels, size, size)).shape == (2, classes)
+
+
+def test_resnet18_has_torchvisions_names_and_shapes():
+    """Written out from torchvision's resnet18: 122 tensors."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    wanted = {"conv1.weight": (64, 3, 7, 7), "fc.weight": (1000, 512), "fc.bias": (1000,)}
+    norms = {"bn1": 64}
+    for stage, (c_in, c_out) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
+        for block in (0, 1):
+            at = f"layer{stage}.{block}"
+            wanted[f"{at}.conv1.weight"] = (c_out, c_out if block else c_in, 3, 3)
+            wanted[f"{at}.conv2.weight"] = (c_out, c_out, 3, 3)
+            norms |= {f"{at}.bn1": c_out, f"{at}.bn2": c_out}
+        if stage > 1:
+            wanted[f"layer{stage}.0.downsample.0.weight"] = (c_out, c_in, 1, 1)
+            norms[f"layer{stage}.0.downsample.1"] = c_out
+    for name, width in norms.items():
+        wanted |= {f"{name}.{key}": () if key == norm[-1] else (width,) for key in norm}
+    model = models.build("resnet18", num_classes=1000)
+    assert {k: tuple(t.shape) for k, t in model.state_dict().items()} == wanted and len(wanted) == 122
+
+
+def test_resnet18_loads_a_state_dict_file(tmp_path):
+    state = models.ResNet18().state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    model = models.build("resnet18", num_classes=1000)
+    assert models.load_weights(model, tmp_path / "resnet18.pth") is None
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+
+
+def test_resnet18_strides():
+    shapes = []
+    model = models.build("resnet18").eval()
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        stage.register_forward_hook(lambda _, __, y: shapes.append(tuple(y.shape[1:])))
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 224, 224))
+    assert shapes == [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
 
 
 def test_padded_shortcut_is_the_identity_on_the_old_channels():
