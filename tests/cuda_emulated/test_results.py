@@ -200,6 +200,11 @@ def test_pairs_of_ranks_beyond_shared_memory(emulated: Any, mode: str) -> None:
     served_by_reference(emulated, pair((3,), 4, 6000, 5, mode, "cpu"))
 
 
+@pytest.mark.parametrize("empty", ["c_in", "c_out"])
+def test_pairs_without_features(emulated: Any, empty: str) -> None:
+    served_by_reference(emulated, pair_problem(PairCase(rows=(2, 3)).but(**{empty: 0}), "float32"))
+
+
 @modes
 @pytest.mark.parametrize("name", ["rank_in", "rank_out"])
 def test_packed_ranks_beyond_shared_memory_are_refused(emulated: Any, name: str, mode: str) -> None:
