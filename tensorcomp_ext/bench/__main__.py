@@ -68,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(never_slower_line(results))
     if results.get("rows_left_out"):
         print(f"the limit of {given.limit:g} s left out {results['rows_left_out']} rows")
-    return int(any(row["error"] for row in results["rows"]))
+    failed = [row for row in results["rows"] if row["error"] or row.get("wrong")]
+    if failed:
+        print(f"{len(failed)} rows failed, the first: {failed[0]['error'] or failed[0]['wrong'][0]}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -77,13 +77,25 @@ def capture(call: Callable[[], tuple[Tensor, ...]]) -> Prepared:
         for _ in range(_WARMUP_CALLS):
             call()
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    collecting = gc.isenabled()
+    # torch.cuda.graph would collect garbage and empty the pool first, tenths of a second for each candidate;
+    # rows do so once. Garbage found within the capture could free what a capture must not see freed.
+    gc.disable()
     try:
-        with torch.cuda.graph(graph):
-            outputs = call()
+        with torch.cuda.stream(side):
+            graph.capture_begin()
+            try:
+                outputs = call()
+            finally:
+                graph.capture_end()
     except RuntimeError as error:
         torch.cuda.synchronize()
         return Prepared(call, "eager", first_line(error))
+    finally:
+        if collecting:
+            gc.enable()
 
     def replay() -> tuple[Tensor, ...]:
         graph.replay()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
@@ -40,6 +41,10 @@ class Device(ABC):
         """Most bytes the call holds at one time beyond what was allocated before it."""
 
     @abstractmethod
+    def tidy(self) -> None:
+        """Give back what a row left in pools."""
+
+    @abstractmethod
     def settings(self, dtype: str) -> contextlib.AbstractContextManager[None]:
         """Torch's switches as rows of ``dtype`` want them, restored afterwards."""
 
@@ -59,6 +64,9 @@ class Cpu(Device):
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
         return peak_bytes(call)
+
+    def tidy(self) -> None:
+        pass
 
     def settings(self, dtype: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -91,6 +99,10 @@ class Cuda(Device):
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before
+
+    def tidy(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def settings(self, dtype: str) -> Iterator[None]:

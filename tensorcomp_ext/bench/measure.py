@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from .candidates import Candidate, Group
 from .cuda_timing import Prepared, first_line
 from .devices import Device
+from .problem import LIBRARY_SLACK
 from .row import conclusions
 from .timing import Effort, Timing
 
@@ -26,6 +27,11 @@ _FAILURES = (RuntimeError, ValueError, TypeError)
 
 Fault = Callable[[Candidate, tuple[Tensor, ...]], str | None]
 """What is wrong with a candidate's outputs, or None."""
+
+
+def slack(candidate: Candidate) -> float:
+    """How many times a dtype's limits a candidate's error may be."""
+    return 1.0 if candidate.group == "ours" else LIBRARY_SLACK
 
 
 def refused(name: str, group: Group, layout: str, reason: str) -> Candidate:
@@ -69,7 +75,8 @@ def measure_candidates(
         if candidate.compiled and spent > compile_s:
             error: str | None = f"left out: compilers had taken {spent:.0f} s of this row"
         else:
-            error, prepared = _check(candidate, fault, device)
+            error, prepared, differs = _check(candidate, fault, device)
+            record |= {"differs": True} if differs else {}
             if prepared is not None:
                 ready[candidate.name] = prepared
                 record |= {"how": prepared.how, "capture_error": prepared.reason}
@@ -85,28 +92,30 @@ def measure_candidates(
     return records, timed
 
 
-def _check(candidate: Candidate, fault: Fault, device: Device) -> tuple[str | None, Prepared | None]:
+def _check(candidate: Candidate, fault: Fault, device: Device) -> tuple[str | None, Prepared | None, bool]:
+    """What keeps a candidate from being timed, else how it is called; whether the oracle differs from it."""
     try:
         found = fault(candidate, candidate.to_factors(candidate.call()))
         if found is not None:
-            return found, None
+            return found, None, True
         prepared = device.prepare(candidate.call, candidate.graph)
         if prepared.how == "graph":
             found = fault(candidate, candidate.to_factors(prepared.call()))
             if found is not None:
-                return f"replayed: {found}", None
-        return None, prepared
+                return f"replayed: {found}", None, True
+        return None, prepared, False
     except _FAILURES as error:
         if device.name == "cuda":
             # After an illegal access every later call fails too: better one error than a run of them.
             torch.cuda.synchronize()
-        return first_line(error), None
+        return first_line(error), None, False
 
 
 def outcome(row: dict[str, Any], timed: dict[str, Timing]) -> dict[str, Any]:
     """Ratios of a row, its headline being what ``tune`` picked, or the fastest of ours where that failed.
 
-    Beside what :func:`row.conclusions` gives: ``over_dense`` against the best dense way in any layout,
+    Beside what :func:`row.conclusions` gives: ``wrong``, the ways of ours that disagree with the oracle, each
+    with its error; ``over_dense`` against the best dense way in any layout,
     ``over_dense_here`` against the best one in the row's own, and under ``ours`` the same ratios for every
     way of ours that was measured.
     """
@@ -115,7 +124,7 @@ def outcome(row: dict[str, Any], timed: dict[str, Timing]) -> dict[str, Any]:
     layouts = {c["name"]: c["layout"] for c in row["candidates"]}
     own = [name for name in medians if groups[name] == "ours"]
     headline = TUNED if TUNED in medians or not own else min(own, key=lambda name: medians[name])
-    found = conclusions(row, medians, headline)
+    found = conclusions(row, medians, headline) | {"wrong": wrong(row["candidates"])}
     if found["error"] is not None:
         return found
     dense = [medians[name] for name in medians if groups[name] == "dense"]
@@ -128,6 +137,11 @@ def outcome(row: dict[str, Any], timed: dict[str, Timing]) -> dict[str, Any]:
         "ours": {name: _ratios(row, found, medians[name]) for name in own},
     }
     return found
+
+
+def wrong(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The ways of ours whose results the oracle does not confirm: no refusals, but mistakes."""
+    return [f"{r['name']}: {r['error']}" for r in records if r["group"] == "ours" and r.get("differs")]
 
 
 def _ratios(row: dict[str, Any], found: dict[str, Any], median: float) -> dict[str, Any]:

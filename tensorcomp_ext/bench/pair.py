@@ -15,7 +15,7 @@ from ..plan import plans_for, tune
 from .candidates import Candidate, Group, compile_call
 from .cases import DTYPES
 from .devices import Device
-from .measure import FUSED, OP, STAGED, TUNED, measure_candidates, offer, outcome
+from .measure import FUSED, OP, STAGED, TUNED, measure_candidates, offer, outcome, slack
 from .problem import distance, exceeded, step
 from .roofline import Probe
 from .timing import Effort
@@ -162,13 +162,13 @@ class PairProblem:
         """``[c_out, c_in]``, multiplied in float64 and rounded once."""
         return (self.a.double() @ self.b.double()).to(self.a.dtype)
 
-    def fault(self, outputs: Sequence[Tensor]) -> str | None:
+    def fault(self, outputs: Sequence[Tensor], slack: float = 1.0) -> str | None:
         """What is wrong with a candidate's outputs, or None; they come in the order of ``OUTPUTS``."""
         errors = {
             name: distance(got, want)
             for name, got, want in zip(OUTPUTS, outputs, self.expected, strict=False)
         }
-        return exceeded(errors, self.case.dtype or "float32")
+        return exceeded(errors, self.case.dtype or "float32", slack)
 
     def call(self, forward: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]) -> Any:
         """A call on the input: the output alone, or a training step."""
@@ -327,12 +327,15 @@ def measure_pair(
         "dense_macs": case.dense_macs(),
         "large": case.rows >= LARGE,
     }
-    with device.settings(case.dtype or "float32"):
-        problem = PairProblem(case, training=training, device=device.name)
-        with torch.set_grad_enabled(training), torch.inference_mode(not training):
-            candidates = our_ways(problem) + library_ways(problem, compiled)
-            row["candidates"], timed = measure_candidates(
-                candidates, lambda _, outputs: problem.fault(outputs), device, effort
-            )
+    problem = PairProblem(case, training=training, device=device.name)
+    with (
+        device.settings(case.dtype or "float32"),
+        torch.set_grad_enabled(training),
+        torch.inference_mode(not training),
+    ):
+        candidates = our_ways(problem) + library_ways(problem, compiled)
+        row["candidates"], timed = measure_candidates(
+            candidates, lambda c, outputs: problem.fault(outputs, slack(c)), device, effort
+        )
     row["roofline"] = probe.roofline(case, direction, threads).to_dict()
     return row | outcome(row, timed)

@@ -13,6 +13,10 @@ from .cases import DTYPES, LAYOUTS, Case
 FORWARD_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3, "tf32": 2e-3}
 GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2, "tf32": 2e-2}
 
+LIBRARY_SLACK = 4.0
+"""Times more for the library's own ways: cuDNN may pick Winograd's algorithm, which loses digits in float32,
+and a baseline that is thrown out for that would flatter us."""
+
 OUTPUTS = ("y", "grad x", "grad core", "grad factor_out", "grad factor_in", "grad bias")
 
 
@@ -72,9 +76,9 @@ class Problem:
             for name, got, want in zip(OUTPUTS, outputs, self.expected, strict=False)
         }
 
-    def fault(self, outputs: Sequence[Tensor]) -> str | None:
-        """What is wrong with a candidate's outputs, or None."""
-        return exceeded(self.errors(outputs), self.dtype_name)
+    def fault(self, outputs: Sequence[Tensor], slack: float = 1.0) -> str | None:
+        """What is wrong with a candidate's outputs, or None; the limits of its dtype times ``slack`` hold."""
+        return exceeded(self.errors(outputs), self.dtype_name, slack)
 
     def _answer(self) -> list[Tensor]:
         kept = (self._x, self.core, self.factor_out, self.factor_in, self.bias)
@@ -98,10 +102,10 @@ def step(
     return call
 
 
-def exceeded(errors: Mapping[str, float], dtype: str) -> str | None:
+def exceeded(errors: Mapping[str, float], dtype: str, slack: float = 1.0) -> str | None:
     """The first error above what its dtype is allowed, in words; "y" is the output, all else gradients."""
     for name, error in errors.items():
-        allowed = (FORWARD_TOLERANCE if name == "y" else GRADIENT_TOLERANCE)[dtype]
+        allowed = slack * (FORWARD_TOLERANCE if name == "y" else GRADIENT_TOLERANCE)[dtype]
         if not error <= allowed:
             return f"{name} is {error:.1e} from the oracle (relative L2), allowed {allowed:.0e}"
     return None

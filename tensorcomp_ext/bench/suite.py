@@ -16,6 +16,7 @@ import torch
 from .candidates import COMPILED
 from .cases import LAYOUTS, development_cases
 from .cuda_machine import gpu
+from .cuda_timing import first_line
 from .device_summary import device_summary, network_summary
 from .devices import DEVICES, Device, get_device
 from .machine import isa, machine, versions
@@ -93,12 +94,19 @@ class Settings:
     def rows(self) -> list[tuple[AnyCase, str, int]]:
         """Case, direction and threads of every row; the smallest groups together, threads outermost.
 
-        On CUDA all rows of a case stand together: a run that reaches its limit has whole cases.
+        On CUDA a run that reaches its limit has what matters most: large cases come before small ones, then
+        dtypes in the order asked for, channels-last first, inference before training.
         """
         cases = SUITES[self.suite].expand(self.cases, self.dtypes, self.layouts)
         if self.device == "cuda":
-            return [(case, d, t) for t in self.threads for case in cases for d in self.directions]
+            rows = [(case, d, t) for t in self.threads for d in self.directions for case in cases]
+            return sorted(rows, key=lambda row: self._rank(*row))
         return [(case, d, t) for t in self.threads for d in self.directions for case in cases]
+
+    def _rank(self, case: AnyCase, direction: str, threads: int) -> tuple[Any, ...]:
+        dtype = self.dtypes.index(case.dtype) if case.dtype in self.dtypes else len(self.dtypes)
+        small, training = not SUITES[self.suite].large(case), direction == "backward"
+        return small, dtype, case.layout == "nchw", training, threads
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -186,9 +194,22 @@ def _measure(
     torch.set_num_threads(threads)
     try:
         return SUITES[settings.suite].measure(case, direction, threads, device=device, **options)
+    except RuntimeError as error:  # no memory for the oracle, say: the other rows may well have it
+        if device.name == "cuda":
+            torch.cuda.synchronize()  # raises where no later call can succeed
+        return {
+            "case": case.to_dict(),
+            "label": case.label(),
+            "direction": direction,
+            "threads": threads,
+            "device": device.name,
+            "large": SUITES[settings.suite].large(case),
+            "error": first_line(error),
+        }
     finally:
         torch.set_num_threads(before)
         torch.compiler.reset()
+        device.tidy()
 
 
 def summary_of(settings: Settings, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

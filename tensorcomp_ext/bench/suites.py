@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from .cases import Case, case_from_dict, development_cases, expand, quick_cases, read_cases
 from .devices import Device
 from .network import expand_networks, measure_network, network_cases, network_from_dict, quick_networks
+from .pair import LARGE as LARGE_ROWS
 from .pair import expand_pairs, measure_pair, pair_cases, pair_from_dict, quick_pairs
 from .roofline import Probe
 from .timing import Effort
-from .tucker2_device import large_cases, measure_device_row
+from .tucker2_device import LARGE, large_cases, measure_device_row, pixels
 
 
 class AnyCase(Protocol):
@@ -57,6 +58,8 @@ class Suite:
     expand: Callable[[Sequence[Any], Sequence[str], Sequence[str]], Sequence[Any]]
     """Each case once for every dtype and layout it leaves open."""
     measure: Measure
+    large: Callable[[Any], bool]
+    """Whether a case fills a large GPU."""
     keys: str
     """For the help text."""
 
@@ -72,6 +75,7 @@ SUITES: dict[str, Suite] = {
         case_from_dict,
         expand,
         measure_device_row,
+        lambda case: pixels(case) >= LARGE,
         "N,S,T,H,W,k,stride,padding,dilation,r_in,r_out,layout,dtype (S and H required)",
     ),
     "pair": Suite(
@@ -80,6 +84,7 @@ SUITES: dict[str, Suite] = {
         pair_from_dict,
         lambda cases, dtypes, layouts: expand_pairs(cases, dtypes),
         measure_pair,
+        lambda case: case.rows >= LARGE_ROWS,
         "rows,in,out,rank,dtype",
     ),
     "network": Suite(
@@ -88,6 +93,7 @@ SUITES: dict[str, Suite] = {
         network_from_dict,
         lambda cases, dtypes, layouts: expand_networks(cases, dtypes),
         measure_network,
+        lambda case: True,
         "network,batch,rank,dtype",
     ),
 }

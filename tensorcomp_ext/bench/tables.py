@@ -42,9 +42,11 @@ def row_line(row: dict[str, Any]) -> str:
             parts.append(f"{other} {time_us(found['median_us'])} us {number(found['over_stages'])}x")
     if row.get("memory"):
         parts.append(f"memory {number(row['memory']['ratio'])}x")
-    wrong = [c["name"] for c in row["candidates"] if c["error"]]
-    if wrong:
-        parts.append(f"left out: {', '.join(wrong)}")
+    left_out = [c["name"] for c in row["candidates"] if c["error"]]
+    if left_out:
+        parts.append(f"left out: {', '.join(left_out)}")
+    if row.get("wrong"):
+        parts.append(f"WRONG {'; '.join(row['wrong'])}")
     return f"{head}: " + "; ".join(parts)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tensorcomp_ext import models
 from tensorcomp_ext.bench import network as network_module
+from tensorcomp_ext.bench import problem as problem_module
 from tensorcomp_ext.bench.__main__ import main
 from tensorcomp_ext.bench.candidates import Candidate
 from tensorcomp_ext.bench.cases import case_from_dict
@@ -21,7 +22,8 @@ from tensorcomp_ext.bench.device_summary import (
     never_slower_line,
 )
 from tensorcomp_ext.bench.devices import Cpu, get_device
-from tensorcomp_ext.bench.measure import FUSED, STAGED, TUNED, measure_candidates, offer, outcome
+from tensorcomp_ext.bench.measure import FUSED, STAGED, TUNED, measure_candidates, offer, outcome, slack
+from tensorcomp_ext.bench.measure import wrong as wrong_ways
 from tensorcomp_ext.bench.network import NetworkCase, measure_network, network_from_dict, verdict
 from tensorcomp_ext.bench.pair import (
     PairCase,
@@ -200,9 +202,20 @@ def test_what_cannot_serve_is_recorded_and_not_timed():
         compile_s=-1.0,
     )
     assert set(timed) == {"good"}
+    assert wrong_ways(records) == ["wrong: y is off"]  # a refusal is no mistake
     errors = {r["name"]: r["error"] for r in records}
     assert errors["good"] is None and errors["wrong"] == "y is off"
     assert "cannot serve" in errors["refused"] and "left out" in errors["late"]
+
+
+def test_limits_are_those_of_the_tests_and_wider_for_the_library():
+    assert problem_module.FORWARD_TOLERANCE["float32"] == 1e-5
+    assert problem_module.GRADIENT_TOLERANCE["float32"] == 1e-4
+    problem = PairProblem(PairCase(9, 17, 13, 5, "float32"), training=False)
+    off = (problem.expected[0] * (1 + 2e-5),)
+    assert "allowed 1e-05" in problem.fault(off)
+    assert problem.fault(off, slack(Candidate("a", "stages", "rows", lambda: off))) is None
+    assert slack(Candidate("a", "ours", "rows", lambda: off)) == 1.0
 
 
 def test_failed_capture_is_timed_eager_and_marked():

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from tensorcomp_ext.bench import suite as suite_module
 from tensorcomp_ext.bench.cases import case_from_dict
 from tensorcomp_ext.bench.suite import Settings, read_results, run_suite, write_json
+from tensorcomp_ext.bench.suites import SUITES, suite_cases
 from tensorcomp_ext.bench.summary import compare, geometric_mean, summarise_rows
 from tensorcomp_ext.bench.tables import markdown, row_line, summary_table
 from tensorcomp_ext.bench.timing import Effort, interleave, percentile
@@ -159,3 +161,33 @@ def test_interleaving_takes_turns():
     turns = [n for i, n in enumerate(measured) if i == 0 or measured[i - 1] != n]
     assert turns == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert all(t.samples == 3 and t.p10_us <= t.median_us <= t.p90_us for t in timed.values())
+
+
+def test_rows_on_a_gpu_begin_with_what_matters_most(monkeypatch):
+    monkeypatch.setattr(suite_module, "get_device", lambda name: None)
+    large, small = case_from_dict({"N": 128, "S": 8, "H": 32}), case_from_dict({"S": 8, "H": 8})
+    settings = Settings(cases=[small, large], dtypes=["bfloat16", "tf32"], threads=[1], device="cuda")
+    found = [(c.N, c.dtype, c.layout, d) for c, d, _ in settings.rows()]
+    assert len(set(found)) == len(found) == 16
+    assert found[:4] == [
+        (128, "bfloat16", "nhwc", "forward"),
+        (128, "bfloat16", "nhwc", "backward"),
+        (128, "bfloat16", "nchw", "forward"),
+        (128, "bfloat16", "nchw", "backward"),
+    ]
+    assert [dtype for _, dtype, _, _ in found[:8]] == ["bfloat16"] * 4 + ["tf32"] * 4
+    assert all(n == 1 for n, *_ in found[8:])
+
+
+def test_row_that_cannot_be_measured_says_so_and_the_run_goes_on(monkeypatch):
+    settings = Settings(suite="pair", cases=suite_cases("pair", "cpu", quick=True), threads=[1])
+
+    def measure(case, *rest, **options):
+        raise torch.OutOfMemoryError("no memory for it")
+
+    monkeypatch.setitem(SUITES, "pair", replace(SUITES["pair"], measure=measure))
+    results = run_suite(settings)
+    assert results["complete"] and len(results["rows"]) == 6
+    assert all(row["error"] == "OutOfMemoryError: no memory for it" for row in results["rows"])
+    assert "FAILED" in row_line(results["rows"][0])
+    assert results["summary"]["device"][0]["failed"]
