@@ -12,14 +12,15 @@ Environment:
 * ``TENSORCOMP_CUDA=auto|0|1``: build the CUDA library when a toolkit and a CUDA torch are there (the
   default), never, or whenever a toolkit is there, even against a CPU-only torch.
 * ``TORCH_CUDA_ARCH_LIST``: as everywhere in PyTorch; no visible GPU is needed.
+* ``TENSORCOMP_PYTHON_MODULE=0``: leave out ``_C``, where Python's headers are missing; no op needs it.
 * ``TENSORCOMP_WERROR=1``: warnings are errors.
 * ``MAX_JOBS``: compilers to run at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -64,13 +65,13 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
+# Run, not imported: the package's own imports need torch.
+NATIVE_BUILD = runpy.run_path(str(ROOT / "tensorcomp_ext" / "_native_build.py"))
+
+
 def sources_hash() -> str:
     """Identifies the native sources a build was made from."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"}):
-        if "tests" not in path.relative_to(CSRC).parts:
-            digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return NATIVE_BUILD["sources_hash"](CSRC)
 
 
 def system_includes(*directories: str | Path) -> list[str]:
@@ -234,16 +235,35 @@ def native() -> dict[str, Any]:
                 return os.path.join(*package.split("."), f"{name}.so")
             return super().get_ext_filename(ext_name)
 
+        def build_extension(self, ext: Extension) -> None:
+            """Builds one library and writes beside it what it was built from."""
+            super().build_extension(ext)
+            if ext.name.rpartition(".")[2] in OP_LIBRARIES:
+                archs = os.environ["TORCH_CUDA_ARCH_LIST"] if ext.name.endswith("_cuda") else ""
+                library = Path(self.get_ext_fullpath(ext.name))
+                NATIVE_BUILD["add_record"](library, sources=built_from, torch=torch.__version__, archs=archs)
+
+        def copy_extensions_to_source(self) -> None:
+            super().copy_extensions_to_source()
+            # Only a build in place gets here; the record lies in the build folder.
+            for ext in self.extensions:
+                name = ext.name.rpartition(".")[2]
+                built = Path(self.build_lib, "tensorcomp_ext")
+                if name in OP_LIBRARIES and (facts := NATIVE_BUILD["read_record"](built).get(f"{name}.so")):
+                    NATIVE_BUILD["add_record"](ROOT / "tensorcomp_ext" / f"{name}.so", **facts)
+
         def get_export_symbols(self, ext: Extension) -> list[str]:
             return []
 
+    built_from = sources_hash()  # before compiling: what changes meanwhile is another build's
     extensions = [op_library()]
     cuda = want_cuda()
     if cuda:
         extensions.append(cuda_op_library())
         # A CPU-only torch leaves this unset; BuildExtension takes nvcc from it.
         cpp_extension.CUDA_HOME = str(cuda_home())
-    extensions.append(python_module(cuda))
+    if os.environ.get("TENSORCOMP_PYTHON_MODULE", "1") != "0":
+        extensions.append(python_module(cuda))
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
 
 

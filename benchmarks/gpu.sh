@@ -3,24 +3,28 @@
 #
 #   benchmarks/gpu.sh [OUT_DIR]          OUT_DIR: gpu-results by default
 #
-# Neither a virtual environment nor a network is used. Libraries built elsewhere serve if they load, else they are
-# built in place. One line a step, a log of each in OUT_DIR, steps.json for machines. A step that fails hides none
-# of the later ones; a step starts only while time is left. Exit status: 0 all well, 1 a step failed, 2 no GPU here.
+# Neither a virtual environment nor a network is used. Libraries built elsewhere serve if they load and were built
+# from the sources here (tensorcomp_ext/_native_build.json, carried with them, says so), else they are built in place.
+# One line a step, a log of each in OUT_DIR, steps.json for machines: {"status", "not_run", "steps"}. A step that fails
+# hides none of the later ones; a step starts only while time is left, the most important first. The limits of all
+# steps but build fit into GPU_SECONDS; a build takes its time from the last ones.
+# Exit status: 0 all asked for ran and went well, 1 a step failed, 2 no GPU here, 3 none failed but some did not run.
 #
 # Environment:
 #   PYTHON        the interpreter (python3)
 #   GPU_SECONDS   time for everything together (530)
-#   GPU_STEPS     steps to run, all by default: build tests memcheck racecheck tucker2 pair network large
-#   GPU_DTYPES    dtypes of the suites (float16,tf32); also bfloat16, float32
+#   GPU_STEPS     steps to run, all by default: build tests tucker2 pair network compiled compilers memcheck racecheck
+#                 large
+#   GPU_DTYPES    dtypes of the suites (bfloat16,tf32); also float16, float32
 #   GPU_LAYOUTS   layouts of suite tucker2 (nhwc); also nchw
-#   GPU_SUITE_SECONDS   time of each suite (tucker2 130, pair 50, network 70)
+#   GPU_SUITE_SECONDS   time of each suite (tucker2 110, pair 40, network 40, compiled 50)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
 total=${GPU_SECONDS:-530}
-wanted=${GPU_STEPS:-build tests memcheck racecheck tucker2 pair network large}
-dtypes=${GPU_DTYPES:-float16,tf32}
+wanted=${GPU_STEPS:-build tests tucker2 pair network compiled compilers memcheck racecheck large}
+dtypes=${GPU_DTYPES:-bfloat16,tf32}
 layouts=${GPU_LAYOUTS:-nhwc}
 out=${1:-gpu-results}
 
@@ -29,19 +33,30 @@ out=$(cd "$out" && pwd)
 table=$(mktemp)
 trap 'rm -f "$table"' EXIT
 failed=0
+not_run=()
+
+# write_steps STATUS: steps.json anew; the status is null until the end.
+write_steps() {
+  "$python" - "$table" "$out/steps.json" "$1" <<'END' || true
+import json, pathlib, sys
+rows = [line.split("\t", 3) for line in pathlib.Path(sys.argv[1]).read_text().splitlines()]
+keys = ("result", "name", "seconds", "reason")
+steps = [dict(zip(keys, row)) | {"seconds": int(row[2])} for row in rows]
+not_run = [step["name"] for step in steps if step["result"] == "skipped"]
+result = {"status": json.loads(sys.argv[3]), "not_run": not_run, "steps": steps}
+pathlib.Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n")
+END
+}
 
 # note RESULT NAME SECONDS REASON: one line for people, the same in steps.json.
 note() {
   printf '%-7s %s (%s s) %s\n' "$1" "$2" "$3" "$4"
   printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >>"$table"
-  "$python" - "$table" "$out/steps.json" <<'END' || true
-import json, pathlib, sys
-rows = [line.split("\t", 3) for line in pathlib.Path(sys.argv[1]).read_text().splitlines()]
-keys = ("result", "name", "seconds", "reason")
-steps = [dict(zip(keys, row)) | {"seconds": int(row[2])} for row in rows]
-pathlib.Path(sys.argv[2]).write_text(json.dumps(steps, indent=1) + "\n")
-END
-  if [[ $1 == FAILED ]]; then failed=1; fi
+  case $1 in
+    FAILED) failed=1 ;;
+    skipped) not_run+=("$2") ;;
+  esac
+  write_steps null
 }
 
 last_line() {
@@ -84,10 +99,12 @@ has_module() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util
 
 if ! "$python" -c 'import torch' 2>"$out/device.log"; then
   note skipped device 0 "$python cannot import torch: $(last_line "$out/device.log")"
+  write_steps 2
   exit 2
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>"$out/device.log"; then
   note skipped device 0 "no GPU: $("$python" -c 'import torch; print("torch", torch.__version__, "sees no CUDA device")')"
+  write_steps 2
   exit 2
 fi
 {
@@ -106,72 +123,111 @@ for module in numpy scipy safetensors typing_extensions pytest; do
   has_module "$module" || missing+=("$module")
 done
 if ((${#missing[@]})); then
-  note skipped packages 0 "not installed: ${missing[*]}"
+  note missing packages 0 "not installed: ${missing[*]}"
 fi
 
 # --- native code ---
 
 loads='from tensorcomp_ext import _native; s = _native.cuda_status(); print(s.reason or "CUDA library loaded"); raise SystemExit(not s.ok)'
-if asked build && ! "$python" -c "$loads" >"$out/load.log" 2>&1; then
+built_from() { "$python" tensorcomp_ext/_native_build.py; }
+fits() { built_from && "$python" -c "$loads"; }
+
+if asked build && ! fits >"$out/fits.log" 2>&1; then
   arch=$capability
   if [[ $arch == 9.0 ]]; then arch=9.0a; fi
-  if command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
-    step build 300 env TENSORCOMP_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" MAX_JOBS="$(nproc)" \
-      "$python" setup.py build_ext --inplace
+  module=1
+  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' ||
+    { module=0 && note missing Python.h 0 'the Python module _C is left out of the build; no op needs it'; }
+  if ! command -v nvcc >/dev/null && [[ ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+    note skipped build 0 "needed ($(last_line "$out/fits.log")), but no nvcc is here"
+  elif ! "$python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null; then
+    note skipped build 0 "needed ($(last_line "$out/fits.log")), but setuptools >= 77 is not here"
   else
-    note skipped build 0 'no nvcc here'
+    step build 300 env TENSORCOMP_CUDA=1 TENSORCOMP_PYTHON_MODULE=$module TORCH_CUDA_ARCH_LIST="$arch" \
+      MAX_JOBS="$(nproc)" "$python" setup.py build_ext --inplace --force
   fi
 fi
 native=1
-step load 60 "$python" -c "$loads" || native=0
+# Libraries of other sources fail here: nothing measured with them would say anything of these.
+step load 20 bash -c "\"\$0\" -c '$loads' && \"\$0\" tensorcomp_ext/_native_build.py" "$python" || native=0
 
 # --- tests ---
 
 pytest=("$python" -m pytest -c /dev/null --rootdir . --import-mode=importlib -p no:cacheprovider -v
   --tb=short -o faulthandler_timeout=60)
-if ! has_module pytest; then
-  asked tests && note skipped tests 0 'pytest is not installed'
-elif ((native == 0)); then
-  asked tests && note skipped tests 0 'the CUDA library does not load'
-elif asked tests; then
-  step tests 200 "${pytest[@]}" -m 'not slow' -k 'not on_cpu' --maxfail=60 tests/cuda
-fi
 
-for tool in memcheck racecheck; do
-  if ! asked "$tool"; then
-    continue
-  elif ! command -v compute-sanitizer >/dev/null; then
-    note skipped "$tool" 0 'no compute-sanitizer here'
+# runs NAME MODULE: whether a step is asked for and can run, its reason noted where it cannot.
+runs() {
+  asked "$1" || return 1
+  if ! has_module "$2"; then
+    note skipped "$1" 0 "$2 is not installed"
   elif ((native == 0)); then
-    note skipped "$tool" 0 'the CUDA library does not load'
+    note skipped "$1" 0 'no CUDA library that loads and was built from these sources'
   else
-    # Without torch's pool every tensor is an allocation of its own: an access beyond its end is one into nothing.
-    step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" benchmarks/gpu_small_cases.py --seconds '{limit}'
+    return 0
   fi
-done
+  return 1
+}
+
+compilers=tests/cuda/test_with_compilers.py
+if runs tests pytest; then
+  step tests 120 "${pytest[@]}" -m 'not slow' -k 'not on_cpu' --maxfail=60 --ignore="$compilers" tests/cuda
+fi
 
 # --- suites ---
 
 suite() {
-  asked "$1" || return 0
-  local name=$1 limit=${GPU_SUITE_SECONDS:-$2}
-  shift 2
-  step "$name" "$limit" "$python" -m tensorcomp_ext.bench --suite "$name" --device cuda --dtype "$dtypes" \
+  runs "$1" torch || return 0
+  local name=$1 limit=${GPU_SUITE_SECONDS:-$2} kind=$3
+  shift 3
+  step "$name" "$limit" "$python" -m tensorcomp_ext.bench --suite "$kind" --device cuda \
     --json "$out/$name.json" --limit '{limit}' "$@"
 }
-suite tucker2 130 --layout "$layouts" --seconds 0.1
-suite pair 50 --seconds 0.1
-suite network 70 --seconds 0.5
+suite tucker2 110 tucker2 --dtype "$dtypes" --layout "$layouts" --seconds 0.1
+suite pair 40 pair --dtype "$dtypes" --seconds 0.1
+suite network 40 network --dtype "$dtypes" --seconds 0.5
 
-if asked large && ((native)) && has_module pytest; then
-  step large 60 "${pytest[@]}" -m slow tests/cuda
+# Against torch.compile: as many of the large bfloat16 channels-last inference rows as its time allows.
+inductor='import torch; print(torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device="cuda")).sum().item())'
+if asked compiled; then
+  if timeout --kill-after=5 "$(($(room 30) > 0 ? $(room 30) : 1))" "$python" -c "$inductor" >"$out/inductor.log" 2>&1; then
+    suite compiled 50 tucker2 --compiled best --dtype bfloat16 --layout nhwc --direction forward --seconds 0.1
+  else
+    note skipped compiled 0 "torch.compile does not work here: $(last_line "$out/inductor.log")"
+  fi
+fi
+
+# --- what a run cut short can do without ---
+
+if runs compilers pytest; then
+  step compilers 40 "${pytest[@]}" --maxfail=20 "$compilers"
+fi
+for tool in memcheck racecheck; do
+  if asked "$tool" && ! command -v compute-sanitizer >/dev/null; then
+    note skipped "$tool" 0 'no compute-sanitizer here'
+  elif runs "$tool" torch; then
+    # Without torch's pool every tensor is an allocation of its own: an access beyond its end is one into nothing.
+    step "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" benchmarks/gpu_small_cases.py --few --seconds 10
+  fi
+done
+if runs large pytest; then
+  step large 20 "${pytest[@]}" -m slow tests/cuda
 fi
 
 cp "$table" "$out/summary.txt"
+status=0
 if ((failed)); then
+  status=1
   echo "some steps failed; logs in $out"
-else
+elif ((${#not_run[@]})); then
+  status=3
   echo "no step failed; logs in $out"
+else
+  echo "all steps ran and went well; logs in $out"
 fi
-exit "$failed"
+if ((${#not_run[@]})); then
+  echo "${#not_run[@]} steps not run: ${not_run[*]}"
+fi
+write_steps "$status"
+exit "$status"
