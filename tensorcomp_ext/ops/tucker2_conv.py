@@ -80,6 +80,7 @@ def tucker2_conv2d(
     ``torch.nn.functional.conv2d(x, W, bias, stride, padding, dilation)``. The rank-space activations are
     never stored whole: forward keeps a few rows of them in cache, backward computes them again. Inside
     ``torch.func`` transforms and forward-mode differentiation the reference computes, from torch operations.
+    On CUDA an infinity may come out as NaN: ranks are padded with zeros, and float32 is split in two parts.
 
     Args:
         x: input ``[N, C_in, H, W]``, contiguous, channels-last or any strides; native code takes float32 and

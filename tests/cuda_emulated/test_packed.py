@@ -128,3 +128,18 @@ def test_pair(emulated: Any, rank: int, layout: str, mode: str) -> None:
         assert y.dtype == MODES[mode] and relative(y, problem.oracle()) <= FORWARD_TOLERANCE[mode]
         assert torch.equal(y, forward(emulated, problem))
         check_like_fake("two_factor_linear_packed", y, *arguments)
+
+
+def test_weights_packed_for_something_else_are_refused(emulated: Any) -> None:
+    """Other sizes and dtypes of as many bytes: kernels turned, ranks of equal padding, another half."""
+    core, factor_out, factor_in = torch.randn(4, 3, 1, 3), torch.randn(6, 4), torch.randn(5, 3)
+    x, window = torch.randn(2, 5, 9, 9), [1, 1, 0, 0, 0, 0, 1, 1]
+    packed = emulated.tucker2_conv2d_pack(core, factor_out, factor_in)
+    emulated.tucker2_conv2d_packed(x, packed, None, [4, 3, 1, 3, 5, 6, *window])
+    for sizes in ([4, 3, 3, 1, 5, 6], [4, 5, 1, 3, 5, 6], [4, 3, 1, 3, 5, 7]):
+        with pytest.raises(RuntimeError, match="packed for other sizes"):
+            emulated.tucker2_conv2d_packed(x, packed, None, [*sizes, *window])
+    a, b = torch.randn(6, 3).half(), torch.randn(3, 5).half()
+    pair = emulated.two_factor_linear_pack(a, b)
+    with pytest.raises(RuntimeError, match="packed for other sizes, another dtype"):
+        emulated.two_factor_linear_packed(torch.randn(2, 5).bfloat16(), pair, None, [6, 3, 5, 0])

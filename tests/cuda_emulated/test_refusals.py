@@ -223,3 +223,15 @@ def test_packing(emulated: Any) -> None:
     ):
         with pytest.raises(RuntimeError, match=f"two_factor_linear.*: .*{message}"):
             emulated.two_factor_linear_pack(*pair)
+
+
+@pytest.mark.parametrize(
+    ("padding", "dilation"),
+    [([0, 2**33, 0, 0], [1, 1]), ([0, 0, 0, 2**33], [1, 1]), ([0, 0], [2**62, 1])],
+)
+def test_sizes_beyond_31_bits(emulated: Any, padding: list[int], dilation: list[int]) -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(RuntimeError, match="must be at most"):
+        emulated.tucker2_conv2d(
+            torch.ones(1, 1, 9, 9), torch.ones(1, 1, 4, 4), one, one, None, [1, 1], padding, dilation
+        )

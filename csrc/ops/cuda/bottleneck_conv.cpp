@@ -3,6 +3,7 @@
 
 #include "ops/cuda/bottleneck_conv.h"
 
+#include <initializer_list>
 #include <limits>
 
 namespace tensorcomp::ops::cuda {
@@ -51,14 +52,18 @@ Convolution conv_problem(const ConvKind& kind, const ConvSizes& sizes, const Con
   }
   for (const int64_t pad : window.padding) STD_TORCH_CHECK(pad >= 0, op, ": padding must be >= 0, got ", pad);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
-  for (const int64_t v :
-       {sizes.rank_out, sizes.rank_in, sizes.c_in, sizes.c_out, kind.ring * sizes.rank_in, kind.ring * sizes.rank_out,
-        window.stride[0], window.stride[1], window.padding[0], window.padding[2], window.dilation[0] * sizes.kernel_h,
-        window.dilation[1] * sizes.kernel_w}) {
-    STD_TORCH_CHECK(v <= kMost, op,
-                    ": batch, image, ranks, channels, stride, padding and dilated kernel must be at most ", kMost,
-                    ", got ", v);
-  }
+  const auto check_range = [&](std::initializer_list<int64_t> values) {
+    for (const int64_t v : values) {
+      STD_TORCH_CHECK(v <= kMost, op,
+                      ": batch, image, ranks, channels, stride, padding and dilated kernel must be at most ", kMost,
+                      ", got ", v);
+    }
+  };
+  check_range({x.size(0), x.size(2), x.size(3), sizes.rank_out, sizes.rank_in, sizes.c_in, sizes.c_out, kind.ring,
+               sizes.kernel_h, sizes.kernel_w, window.stride[0], window.stride[1], window.padding[0], window.padding[1],
+               window.padding[2], window.padding[3], window.dilation[0], window.dilation[1]});
+  check_range({kind.ring * sizes.rank_in, kind.ring * sizes.rank_out, window.dilation[0] * sizes.kernel_h,
+               window.dilation[1] * sizes.kernel_w});
   Convolution c;
   c.element = element_of(x, allow_tf32);
   c.core = kind.depthwise ? Core::kDepthwise : Core::kFull;
@@ -89,7 +94,7 @@ Convolution conv_problem(const ConvKind& kind, const ConvSizes& sizes, const Con
 
 Tensor pack_conv(const Convolution& c, const CallDevice& device, const Tensor& core, const Tensor& factor_out,
                  const Tensor& factor_in) {
-  Tensor packed = bytes_on(core, packed_bytes(c));
+  Tensor packed = bytes_on(core, packed_size(c));
   const Tensor k = dense(core), out = dense(factor_out), in = dense(factor_in);
   TC_CHECK_LAUNCH(pack(c, {k.const_data_ptr(), out.const_data_ptr(), in.const_data_ptr()}, packed.mutable_data_ptr(),
                        device.stream()));

@@ -26,11 +26,11 @@ std::optional<Results> conv2d_backward(const ConvKind& kind, const Tensor& grad,
   const CallDevice device(x);
   const ConvSizes sizes = conv_sizes(kind, core, factor_out, factor_in);
   const Convolution c = conv_problem(kind, sizes, conv_window(kind.op, stride, padding, dilation), x, allow_tf32);
+  STD_TORCH_CHECK(core.scalar_type() == x.scalar_type() && core.get_device_index() == x.get_device_index(), kind.op,
+                  ": x and the weights must have one dtype and lie on one device");
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == c.batch && grad.size(1) == c.c_out &&
                       grad.size(2) == c.out_height && grad.size(3) == c.out_width &&
-                      grad.scalar_type() == x.scalar_type() && core.scalar_type() == x.scalar_type() &&
-                      grad.get_device_index() == x.get_device_index() &&
-                      core.get_device_index() == x.get_device_index(),
+                      grad.scalar_type() == x.scalar_type() && grad.get_device_index() == x.get_device_index(),
                   kind.op, ": grad must have the shape, dtype and device of the output");
   if (!kernels_take(c, device) || (x.numel() == 0 && grad.numel() != 0)) return std::nullopt;
   const auto wanted = [mask](int bit) { return (mask >> bit & 1) != 0; };

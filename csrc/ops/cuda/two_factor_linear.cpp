@@ -102,7 +102,7 @@ Tensor rows_like(const Tensor& x, int64_t features) {
 Strides4 dense_rows(int64_t rows, int64_t features) { return {rows * features, 1, rows * features, features}; }
 
 Tensor packed_pair(const Convolution& c, const CallDevice& device, const Tensor& a, const Tensor& b) {
-  Tensor packed = bytes_on(a, packed_bytes(c));
+  Tensor packed = bytes_on(a, packed_size(c));
   const Tensor out = dense(a), in = dense(b);
   TC_CHECK_LAUNCH(
       pack(c, {nullptr, out.const_data_ptr(), in.const_data_ptr(), true}, packed.mutable_data_ptr(), device.stream()));
