@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..compress import compress
+from ..nn import FactorizedConv2d
 from ..plan import PlannedLayer, tune
 from .candidates import Candidate, Group, compile_call
 from .cases import DTYPES
@@ -119,7 +119,12 @@ def networks(name: str, rank: float) -> tuple[nn.Module, nn.Module]:
         with torch.no_grad():
             dense.train()(x)
         dense.eval()
-        return dense, compress(dense, rank=rank, layers=_convolutions(dense)).model
+        compressed = copy.deepcopy(dense)
+        for layer in _convolutions(dense):
+            # One pass of SVDs: how good the approximation of random weights is does not matter here.
+            found = FactorizedConv2d.from_conv(dense.get_submodule(layer), rank=rank, method="hosvd")
+            compressed.set_submodule(layer, found)
+        return dense, compressed.eval()
 
 
 @torch.no_grad()
