@@ -43,11 +43,27 @@ def _load(library: Path) -> Support:
     return Support(True)
 
 
+def _shadowed() -> Path | None:
+    """An installed package with native code that this one, a source tree without, hides from Python."""
+    for entry in sys.path:
+        other = Path(entry or ".").resolve() / _LIBRARY.parent.name / _LIBRARY.name
+        if other.exists() and other != _LIBRARY.resolve():
+            return other.parent
+    return None
+
+
 def _load_cpu() -> Support:
     if os.environ.get("TENSORCOMP_NATIVE", "1") == "0":
         return Support(False, "native code is switched off by TENSORCOMP_NATIVE=0")
     if sys.byteorder != "little":
         return Support(False, "the native kernels need a little-endian machine")
+    if not _LIBRARY.exists() and (installed := _shadowed()) is not None:
+        reason = (
+            f"{_LIBRARY.parent} is a source tree without native code and hides the package installed at "
+            f"{installed}: leave the folder, or install with `pip install --no-build-isolation -e .`"
+        )
+        warnings.warn(f"tensorcomp_ext: native code is off: {reason}", RuntimeWarning, stacklevel=2)
+        return Support(False, reason)
     if not _LIBRARY.exists():
         return Support(False, f"the package was installed without native code; {_REBUILD}")
     loaded = _load(_LIBRARY)
@@ -60,7 +76,10 @@ def _load_cuda() -> Support:
     if not _CPU.ok:
         return _CPU
     if torch.version.cuda is None:
-        return Support(False, "this torch has no CUDA")
+        built = (
+            f"; {_CUDA_LIBRARY.name} is built and waits for one that has" if _CUDA_LIBRARY.exists() else ""
+        )
+        return Support(False, f"this torch has no CUDA{built}")
     if not _CUDA_LIBRARY.exists():
         return Support(False, f"the package was built without CUDA; set TENSORCOMP_CUDA=1 and {_REBUILD}")
     loaded = _load(_CUDA_LIBRARY)

@@ -46,7 +46,7 @@ def _cuda() -> dict[str, Any]:
         reason = (
             f"torch is built for CUDA {built}, no device is usable"
             if built
-            else "torch is built without CUDA"
+            else f"torch is built without CUDA ({_native.cuda_status().reason})"
         )
         return {"available": False, "reason": reason, "devices": []}
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

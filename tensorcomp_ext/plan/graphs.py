@@ -59,6 +59,5 @@ def check_graphs(devices: Mapping[str, torch.device]) -> None:
     """Raise ``ValueError`` naming the first of ``{layer: device}`` that has no CUDA graphs."""
     for name, device in devices.items():
         if device.type != "cuda":
-            raise ValueError(
-                f"tune: cuda_graphs=True needs layers on a CUDA device, {name or 'the layer'} is on {device}"
-            )
+            layer = f"layer {name!r}" if name else "the layer"
+            raise ValueError(f"tune: cuda_graphs=True needs layers on a CUDA device, {layer} is on {device}")

@@ -103,3 +103,16 @@ def test_rejects_an_unknown_cuda_choice(sources: Path) -> None:
     built = run([sys.executable, "setup.py", "build_ext"], sources, TENSORCOMP_CUDA="perhaps")
     assert built.returncode != 0
     assert "TENSORCOMP_CUDA must be auto, 0 or 1, got 'perhaps'" in built.stderr
+
+
+def test_a_source_tree_that_hides_the_installed_package_says_so(tmp_path: Path, repository: Path) -> None:
+    tree, installed = tmp_path / "tree", tmp_path / "site" / "tensorcomp_ext"
+    shutil.copytree(
+        repository / "tensorcomp_ext", tree / "tensorcomp_ext", ignore=shutil.ignore_patterns("*.so")
+    )
+    installed.mkdir(parents=True)
+    (installed / "_ops.so").touch()
+    show = "from tensorcomp_ext import _native; print(_native.status().reason)"
+    done = run([sys.executable, "-c", show], tree, PYTHONPATH=str(tmp_path / "site"))
+    assert f"hides the package installed at {installed}: leave the folder" in done.stdout
+    assert "RuntimeWarning: tensorcomp_ext: native code is off" in done.stdout + done.stderr

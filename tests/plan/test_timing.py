@@ -124,7 +124,7 @@ def test_graphs_are_refused_on_the_cpu() -> None:
     layer.register_forward_pre_hook(lambda *a: ran.append(a))
     with pytest.raises(ValueError, match=r"tune: cuda_graphs=True needs .*, the layer is on cpu"):
         tune(layer, torch.randn(2, 4), cuda_graphs=True)
-    with pytest.raises(ValueError, match=r"CUDA device, 0 is on cpu"):
+    with pytest.raises(ValueError, match=r"CUDA device, layer '0' is on cpu"):
         tune(torch.nn.Sequential(layer), torch.randn(2, 4), cuda_graphs=True)
     assert not ran and not layer.tuned
 
