@@ -97,9 +97,12 @@ def capture(call: Callable[[], tuple[Tensor, ...]]) -> Prepared:
         if collecting:
             gc.enable()
 
+    # The graph knows addresses only: the call holds what it reads, the outputs what it writes.
+    held = call, outputs
+
     def replay() -> tuple[Tensor, ...]:
         graph.replay()
-        return outputs
+        return held[1]
 
     return Prepared(replay, "graph")
 
