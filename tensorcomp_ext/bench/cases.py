@@ -112,6 +112,15 @@ def _window(value: Any, key: str, least: int, where: str) -> Window:
     return values[0] if len(values) == 1 else (values[0], values[1])
 
 
+def check_keys(row: object, keys: Sequence[str], where: str) -> None:
+    """Raise ``ValueError`` unless ``row`` is an object of JSON with no key but these."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object with keys {', '.join(keys)}, got {type(row).__name__}")
+    unknown = sorted(set(row) - set(keys))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(keys)}")
+
+
 def case_from_dict(row: Mapping[str, Any], where: str = "case") -> Case:
     """Build a case from JSON-like keys.
 
@@ -122,13 +131,7 @@ def case_from_dict(row: Mapping[str, Any], where: str = "case") -> Case:
     Raises:
         ValueError: unknown or missing keys, values out of range; the text names the case and the key.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"{where}: expected an object with keys {', '.join(_KEYS)}, got {type(row).__name__}"
-        )
-    unknown = sorted(set(row) - set(_KEYS))
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    check_keys(row, _KEYS, where)
     missing = [key for key in ("S", "H") if key not in row]
     if missing:
         raise ValueError(f"{where}: {missing[0]} is missing (S and H are required)")

@@ -17,7 +17,7 @@ from .. import models
 from ..nn import FactorizedConv2d
 from ..plan import PlannedLayer, tune
 from .candidates import Candidate, Group, compile_call
-from .cases import DTYPES
+from .cases import DTYPES, check_keys
 from .devices import Device
 from .measure import STAGED, TUNED, measure_candidates, wrong
 from .problem import distance
@@ -64,13 +64,7 @@ def network_from_dict(row: Mapping[str, Any], where: str = "case") -> NetworkCas
     Raises:
         ValueError: unknown or missing keys, values out of range; the text names the case and the key.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"{where}: expected an object with keys {', '.join(_KEYS)}, got {type(row).__name__}"
-        )
-    unknown = sorted(set(row) - set(_KEYS))
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    check_keys(row, _KEYS, where)
     network, batch, rank = row.get("network"), row.get("batch"), row.get("rank", 0.3)
     if network not in models.names():
         raise ValueError(f"{where}: network must be one of {', '.join(models.names())}, got {network!r}")

@@ -13,7 +13,7 @@ from .. import ops
 from ..nn import FactorizedLinear
 from ..plan import plans_for, tune
 from .candidates import Candidate, Group, compile_call
-from .cases import DTYPES
+from .cases import DTYPES, check_keys
 from .devices import Device
 from .measure import FUSED, OP, STAGED, TUNED, measure_candidates, offer, outcome, slack
 from .problem import distance, exceeded, step
@@ -71,13 +71,7 @@ def pair_from_dict(row: Mapping[str, Any], where: str = "case") -> PairCase:
     Raises:
         ValueError: unknown or missing keys, values out of range; the text names the case and the key.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"{where}: expected an object with keys {', '.join(_KEYS)}, got {type(row).__name__}"
-        )
-    unknown = sorted(set(row) - set(_KEYS))
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    check_keys(row, _KEYS, where)
     for key in _KEYS[:4]:
         value = row.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

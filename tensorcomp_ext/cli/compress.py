@@ -244,12 +244,11 @@ def tune_for(
     name: str,
     batches: tuple[int, ...],
     channels_last: bool,
-    training: bool = False,
 ) -> None:
     """Tune a network for several batch sizes."""
     inputs = [example(images, options, name, size, channels_last) for size in batches]
     with screen.progress("tuning") as tick:
-        tune_plans(model, inputs, training=training, progress=tick)
+        tune_plans(model, inputs, progress=tick)
 
 
 def state_bytes(model: nn.Module) -> int:

@@ -132,7 +132,7 @@ inline Strides4 dense_strides(int64_t height, int64_t width, int64_t channels) {
 
 // --- problems of the kernel ---
 
-// The last step of a problem only: pixels enter the rank space, or pass through it, one by one.
+// One step of a problem only: pixels enter the rank space one by one.
 inline BottleneckParams pointwise(const Convolution& c, int64_t height, int64_t width, int32_t channels, int32_t rank,
                                   const Image& image) {
   BottleneckParams p;

@@ -77,10 +77,6 @@ inline bool complete(BottleneckParams& p, const DeviceLimits& device) {
   return t.shared_bytes <= device.shared_per_block;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 // Accumulators a warp holds, for the wider of the ranks.
 inline Tile tile_form(const BottleneckParams& p) {
   const int32_t widest = std::max(p.rank_in, p.rank_out) * (p.core == Core::kFull ? 1 : p.ring);
