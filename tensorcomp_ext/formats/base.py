@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .forms import BottleneckConv, TwoFactor
+from .forms import Form
 
 Rank = int | tuple[int, ...]
 
@@ -47,7 +47,7 @@ class Format(nn.Module, ABC):
         """The dense weight, differentiable in the factors."""
 
     @abstractmethod
-    def lower(self) -> BottleneckConv | TwoFactor:
+    def lower(self) -> Form:
         """The computational form, made of views of the parameters."""
 
     @abstractmethod

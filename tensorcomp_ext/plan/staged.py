@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ..formats import BottleneckConv
+from ..formats import BottleneckConv, TwoFactor
 from .base import Plan, Stage, register_plan
 from .case import Case
 from .channels_last import channels_product, laid_out, takes_products, weight_layout
@@ -30,6 +30,7 @@ class Staged(Plan):
         output = geometry.output_shape(case.shape, layer.weight.shape)
         before, after = geometry.positions(case.shape), geometry.positions(output)
         if not isinstance(form, BottleneckConv):
+            assert isinstance(form, TwoFactor)
             rank, a, b = form.a.shape[1], form.a, form.b
             return [
                 Stage("linear", before * b.numel(), min(b.shape), entries + b.numel() + before * rank),
@@ -58,6 +59,7 @@ class Staged(Plan):
             z = geometry.pointwise(x, form.point_in.t())  # [N, R_in, H, W]
             v = geometry.apply(z, form.core)  # [N, R_out, H', W']
             return geometry.pointwise(v, form.point_out, layer.bias)  # [N, T, H', W']
+        assert isinstance(form, TwoFactor)
         return geometry.pointwise(geometry.pointwise(x, form.b), form.a, layer.bias)
 
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
@@ -76,5 +78,6 @@ class Staged(Plan):
             if takes_products(case):
                 return lambda x, bias: channels_product(apply(channels_product(x, first), core), last, bias)
             return lambda x, bias: pointwise(apply(pointwise(x, first), core), last, bias)
+        assert isinstance(form, TwoFactor)
         b, a = layer.prepared("staged", dtype, lambda: (form.b.detach().to(dtype), form.a.detach().to(dtype)))
         return lambda x, bias: pointwise(pointwise(x, b), a, bias)
