@@ -45,6 +45,11 @@ def register_autograd(name: str, kernel: Callable[..., Any]) -> None:
     _LIBRARY.impl(name, kernel, "Autograd")
 
 
+def register_mapped(name: str, kernel: Callable[..., Any]) -> None:
+    """Register what ``torch.vmap`` sees; for ops with lists of tensors, which have no fallback there."""
+    _LIBRARY.impl(name, kernel, "FuncTorchBatchedDecomposition")
+
+
 def fallthrough_autograd(name: str) -> None:
     """For inference-only ops: skip torch's generic autograd wrapper, which costs a microsecond a call."""
     for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):

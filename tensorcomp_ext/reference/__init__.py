@@ -5,6 +5,7 @@ work in any floating dtype (float64 included) on any device, and are differentia
 """
 
 from .bottleneck_conv import bottleneck_conv2d
+from .chain import chain
 from .cp_conv import cp_conv2d
 from .tr_conv import tr_conv2d
 from .tucker2_conv import tucker2_conv2d
@@ -12,6 +13,7 @@ from .two_factor_linear import two_factor_linear
 
 __all__ = [
     "bottleneck_conv2d",
+    "chain",
     "cp_conv2d",
     "tr_conv2d",
     "tucker2_conv2d",
