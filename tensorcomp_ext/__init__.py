@@ -15,7 +15,7 @@ from importlib import metadata
 
 from . import data, decompose, formats, models, nn, ops, plan, ranks, recipes, reference
 from ._native import Support
-from .compress import compress, load, save
+from .compress import compress, fold, load, save
 from .plan import tune
 
 try:
@@ -29,6 +29,7 @@ __all__ = [
     "compress",
     "data",
     "decompose",
+    "fold",
     "formats",
     "load",
     "models",

@@ -2,6 +2,7 @@
 
 from .base import FactorizedLayer, from_config
 from .conv import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d
+from .folded import FoldedLayer, fold_layer
 from .linear import FactorizedLinear
 
 __all__ = [
@@ -10,5 +11,7 @@ __all__ = [
     "FactorizedConv3d",
     "FactorizedLayer",
     "FactorizedLinear",
+    "FoldedLayer",
+    "fold_layer",
     "from_config",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import Support
 from .case import Case
-from .geometry import Bound
+from .geometry import Bound, FoldedBound
 from .training import TrainingCall
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ class Plan(ABC):
     @abstractmethod
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
         """The layer for inference, weights prepared (through ``layer.prepared``) in the dtype of ``case``."""
+
+    def bind_folded(self, layer: PlannedLayer, case: Case, relu: bool) -> FoldedBound | None:
+        """:meth:`bind` with a second tensor added and the sum rectified as it is stored.
+
+        None where the plan has no kernel that does so.
+        """
+        return None
 
     def bind_training(self, layer: PlannedLayer, case: Case) -> TrainingCall:
         """:meth:`run` for checked inputs like ``case``; it reads the layer's factors at each call."""

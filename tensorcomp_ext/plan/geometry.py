@@ -14,6 +14,9 @@ from torch.nn import functional as F
 Bound = Callable[[Tensor, Tensor | None], Tensor]
 """A layer ready to run for one kind of input, its weights inside: ``(x, bias) -> y``."""
 
+FoldedBound = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""The same with what follows the layer in its network: ``(x, bias, residual) -> relu(y + residual)``."""
+
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 

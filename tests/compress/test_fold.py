@@ -1,0 +1,273 @@
+"""Folding: the same outputs from fewer modules, and what cannot be folded stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tensorcomp_ext as tc
+from tensorcomp_ext.compress.fold import FoldError
+from tensorcomp_ext.compress.fold_weights import difference
+from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear, FoldedLayer, fold_layer
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Statistics and affine parameters of batch normalizations as training would leave them."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is not None:
+                module.running_mean.normal_(generator=generator)
+                module.running_var.uniform_(0.5, 2.0, generator=generator)
+            if module.affine:
+                module.weight.data.uniform_(0.5, 1.5, generator=generator)
+                module.bias.data.normal_(generator=generator)
+    return model.eval()
+
+
+def conv(c_in: int, c_out: int, *, stride: int = 1, bias: bool = True) -> FactorizedConv2d:
+    return FactorizedConv2d(c_in, c_out, 3, stride, 1, bias=bias, rank=(3, 2))
+
+
+class Block(nn.Module):
+    """A residual block whose addition is spelled in one of several ways."""
+
+    def __init__(self, add: str = "plain", shortcut: bool = False) -> None:
+        super().__init__()
+        self.add = add
+        self.conv1, self.bn1 = conv(4, 4, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = conv(4, 4), nn.BatchNorm2d(4)
+        self.shortcut = nn.Sequential(conv(4, 4), nn.BatchNorm2d(4)) if shortcut else nn.Identity()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        other = self.shortcut(x)
+        if self.add == "plain":
+            return F.relu(y + other)
+        if self.add == "in place":
+            y += other
+            return self.relu(y)
+        if self.add == "method":
+            return other.add(y).relu()
+        if self.add == "function":
+            return torch.relu(torch.add(other, y))
+        if self.add == "scaled":
+            return F.relu(torch.add(other, y, alpha=0.5))
+        if self.add == "into the other":
+            return F.relu(other.clone().add_(y))
+        if self.add == "broadcast":
+            return F.relu(y + other.mean((2, 3), keepdim=True))
+        return y + 1.0
+
+
+ADDITIONS = ["plain", "in place", "method", "function", "broadcast"]
+LEFT_ALONE = ["scaled", "into the other", "constant"]
+
+
+def folded_layers(model: nn.Module) -> list[FoldedLayer]:
+    return [m for m in model.modules() if isinstance(m, FoldedLayer)]
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("add", ADDITIONS + LEFT_ALONE)
+def test_a_residual_block_computes_the_same(add: str, shortcut: bool) -> None:
+    model = randomize(Block(add, shortcut))
+    x = torch.randn(2, 4, 7, 6)
+    with torch.no_grad():
+        expected = model(x)
+        made = tc.fold(model, x)
+        assert difference(made(x), expected) < 1e-5
+        assert difference(made(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-5
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in made.modules())
+    texts = {f.name: f.text for f in made.fold_report.folded}
+    last = texts["shortcut.0" if shortcut and add != "broadcast" else "conv2"]
+    assert ("residual" in last) == (add in ADDITIONS)
+
+
+@pytest.mark.parametrize("plan", ["dense", "staged", "fused"])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_every_plan_adds_and_rectifies(plan: str, relu: bool, second: bool) -> None:
+    layer = conv(5, 7, stride=2)
+    made = fold_layer(layer, relu=relu)
+    made.plan = plan
+    for shape in [(2, 5, 9, 8), (1, 5, 4, 4)]:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            y = layer(x)
+            residual = torch.randn_like(y) if second else None
+            kept = None if residual is None else residual.clone()
+            expected = y if residual is None else y + residual
+            found = made(x, residual)
+            again = made(x, residual)
+        assert difference(found, F.relu(expected) if relu else expected) < 1e-5
+        assert torch.equal(found, again)
+        assert residual is None or torch.equal(residual, kept)
+
+
+def test_gradients_and_single_images_go_through() -> None:
+    made = fold_layer(conv(3, 3), relu=True)
+    x, residual = torch.randn(3, 6, 6, requires_grad=True), torch.randn(3, 6, 6)
+    made(x, residual).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    with torch.no_grad():
+        assert torch.equal(made(x, residual), made(x[None], residual[None])[0])
+
+
+def test_linear_layers_take_normalization_and_relu() -> None:
+    model = randomize(
+        nn.Sequential(
+            FactorizedLinear(6, 8, rank=3), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5), nn.BatchNorm1d(5)
+        )
+    )
+    x = torch.randn(9, 6)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-5
+    assert [f.text for f in made.fold_report.folded] == ["batch normalization, ReLU", "batch normalization"]
+
+
+def test_dense_layers_take_normalization() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.BatchNorm2d(4), nn.ReLU()))
+    x = torch.randn(2, 3, 8, 8)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-5
+    assert len(list(made.children())) == 2
+
+
+def test_a_whole_network() -> None:
+    model = randomize(tc.models.CifarResNet(8, option="B"))
+    x = torch.randn(2, 3, 16, 16)
+    compressed = tc.compress(model, rank=0.5, example_inputs=x).model
+    before = copy.deepcopy(compressed.state_dict())
+    made = tc.fold(compressed, x)
+    assert made.fold_report.difference < 1e-5
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in made.modules())
+    assert all(torch.equal(before[k], v) for k, v in compressed.state_dict().items())
+    assert "conv1: batch normalization, ReLU" in str(made.fold_report)
+    result = tc.tune(made, x, min_seconds=0.001)
+    assert len(result.layers) >= 7
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        with torch.no_grad():
+            assert difference(twin(x), compressed.eval()(x)) < 1e-5
+
+
+def test_compiled_and_exported() -> None:
+    model = randomize(Block())
+    x = torch.randn(2, 4, 6, 6)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        expected = made(x)
+        assert difference(torch.compile(made, fullgraph=True)(x), expected) < 1e-5
+        assert difference(torch.export.export(made, (x,)).module()(x), expected) < 1e-5
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(4, 4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(self.bn(self.conv(x))))
+
+
+def with_hook() -> nn.Module:
+    model = nn.Sequential(conv(4, 4), nn.BatchNorm2d(4))
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Shared(), "called 2 times"),
+        (with_hook(), "has hooks"),
+        (nn.Sequential(conv(4, 4), nn.BatchNorm2d(4, track_running_stats=False)), "no running statistics"),
+    ],
+)
+def test_what_cannot_be_folded_is_left_with_the_reason(model: nn.Module, reason: str) -> None:
+    model, x = randomize(model), torch.randn(2, 4, 6, 6)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert torch.equal(made(x), model(x))
+    assert reason in made.fold_report.left[0].text and not made.fold_report.folded
+
+
+class Branching(nn.Module):
+    """Looks at its input, which torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x) if bool(x.sum() > -1e9) else x
+
+
+def test_parts_of_a_network_that_cannot_be_traced() -> None:
+    model, x = randomize(Branching()), torch.randn(2, 4, 6, 6)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-5
+    assert isinstance(made, Branching) and folded_layers(made)
+    assert "torch.fx cannot trace it" in made.fold_report.left[0].text
+    assert made.fold_report.folded[0].name == "block.conv1"
+
+
+class WritesItsInput(nn.Module):
+    """The convolution reads x before it is overwritten; its sum with the overwritten one comes later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0
+        y = self.conv(x)
+        z = x.mul_(3.0)
+        return F.relu(y + z)
+
+
+def test_a_layer_is_not_moved_past_a_write() -> None:
+    model, x = WritesItsInput().eval(), torch.randn(2, 4, 6, 6)
+    made = tc.fold(model)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-6
+
+
+class Half(nn.Module):
+    """Is not deterministic, so that no folded network can agree with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(4, 4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.bn(self.conv(x)), 0.5, training=True)
+
+
+def test_a_network_that_disagrees_is_refused() -> None:
+    with pytest.raises(FoldError) as info:
+        tc.fold(randomize(Half()), torch.randn(2, 4, 6, 6))
+    assert "relative L2" in str(info.value)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "model"])
+def test_only_modules_are_taken(wrong: object) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        tc.fold(wrong)
+
+
+def test_low_precision() -> None:
+    model = randomize(Block()).bfloat16()
+    x = torch.randn(2, 4, 6, 6).bfloat16()
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 3e-2
