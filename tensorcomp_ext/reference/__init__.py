@@ -8,6 +8,7 @@ from .bottleneck_conv import bottleneck_conv2d
 from .chain import chain
 from .cp_conv import cp_conv2d
 from .tr_conv import tr_conv2d
+from .ttm_embedding import ttm_embedding
 from .tucker2_conv import tucker2_conv2d
 from .two_factor_linear import two_factor_linear
 
@@ -16,6 +17,7 @@ __all__ = [
     "chain",
     "cp_conv2d",
     "tr_conv2d",
+    "ttm_embedding",
     "tucker2_conv2d",
     "two_factor_linear",
 ]
