@@ -91,12 +91,12 @@ def register_autocast(name: str, tensors: int) -> None:
     op = getattr(torch.ops.tensorcomp, name).default
     for device, key in _AUTOCAST_KEYS.items():
 
-        def cast(*args: Any, _device: str = device, _key: str = key) -> Any:
+        def cast(*args: Any, _device: str = device, _key: str = key, **options: Any) -> Any:
             dtype = torch.get_autocast_dtype(_device)
             low = [_lowered(a, dtype) for a in args[:tensors]]
             with torch._C._ExcludeDispatchKeyGuard(
                 torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
             ):
-                return op(*low, *args[tensors:])
+                return op(*low, *args[tensors:], **options)
 
         _LIBRARY.impl(name, cast, key)

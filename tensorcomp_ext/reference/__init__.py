@@ -8,7 +8,9 @@ from .bottleneck_conv import bottleneck_conv2d
 from .chain import chain
 from .cp_conv import cp_conv2d
 from .tr_conv import tr_conv2d
-from .ttm_embedding import ttm_embedding
+from .tr_linear import tr_linear
+from .tt_linear import tt_linear
+from .ttm_linear import ttm_linear
 from .tucker2_conv import tucker2_conv2d
 from .two_factor_linear import two_factor_linear
 
@@ -17,7 +19,9 @@ __all__ = [
     "chain",
     "cp_conv2d",
     "tr_conv2d",
-    "ttm_embedding",
+    "tr_linear",
+    "tt_linear",
+    "ttm_linear",
     "tucker2_conv2d",
     "two_factor_linear",
 ]
