@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .chain_summary import chain_lines
 from .device_summary import device_table, network_table, never_slower_line
-from .suite import CUDA_EFFORT, QUICK, Settings, run_suite
+from .suite import Settings, choose_effort, run_suite
 from .suites import SUITES, suite_cases
 from .tables import markdown, row_line, summary_table
-from .timing import Effort
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,9 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few small cases, few samples")
     parser.add_argument("--json", type=Path, help="write the results here, after every row")
     given = parser.parse_args(arguments)
-    effort = QUICK if given.quick else CUDA_EFFORT if given.device == "cuda" else Effort()
-    if given.seconds is not None:
-        effort = Effort(budget_s=given.seconds)
     try:
         settings = Settings(
             suite=given.suite,
@@ -47,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threads=[given.threads],
             device=given.device,
             compiled=given.compiled,
-            effort=effort,
+            effort=choose_effort(given.device, quick=given.quick, seconds=given.seconds),
             overhead=False,
             limit_s=given.limit,
         )
@@ -63,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(summary_table(results)))
     if results["summary"].get("device"):
         print(markdown(device_table(results)))
+    for line in chain_lines(results):
+        print(line)
     if "network" in results["summary"]:
         print(markdown(network_table(results)))
         print(never_slower_line(results))

@@ -34,7 +34,9 @@ class Candidate:
     graph: bool = True
     """Whether CUDA measures it captured in a graph; False: as a user's program calls it."""
     note: str | None = None
-    """The plan it runs, where that was chosen by measurement."""
+    """The plan it runs, where that was chosen."""
+    macs: int | None = None
+    """Multiply-adds of that plan."""
     to_factors: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda outputs: outputs
     """Brings what ``call`` returns into the order of ``problem.OUTPUTS``, outside the timed part."""
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from .measure import FUSED, OP, PARTIAL, STAGED, TUNED
+from .ours import LAYER
 from .summary import geometric_mean
 from .tables import Table, number, time_us
 
 Row = dict[str, Any]
 
-WAYS = (TUNED, FUSED, PARTIAL, STAGED, OP)
+WAYS = (TUNED, LAYER, FUSED, PARTIAL, STAGED, OP)
 MACS_SAVED = 4.0
 """Ratio of dense to factorized MACs from which a layer that is slower than dense is worth a line."""
 

@@ -84,6 +84,8 @@ def measure_candidates(
             spent += time.perf_counter() - begin
         if candidate.note:
             record["plan"] = candidate.note
+        if candidate.macs is not None:
+            record["macs"] = candidate.macs
         records.append(record | {"error": error})
     timed = device.time({name: found.call for name, found in ready.items()}, effort) if ready else {}
     for record in records:

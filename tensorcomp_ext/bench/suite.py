@@ -15,6 +15,7 @@ import torch
 
 from .candidates import COMPILED
 from .cases import LAYOUTS, development_cases
+from .chain_summary import against_dense
 from .cuda_machine import gpu
 from .cuda_timing import first_line
 from .device_summary import device_summary, network_summary
@@ -33,6 +34,14 @@ CUDA_EFFORT = Effort(budget_s=0.3)
 """Samples on CUDA are single calls: a row needs less time for as many."""
 
 QUICK = Effort(budget_s=0.1, min_rounds=5, max_rounds=15, warmup_s=0.005)
+
+
+def choose_effort(device: str, *, quick: bool = False, seconds: float | None = None) -> Effort:
+    """How long rows are measured: ``seconds`` of samples where given, what the device needs otherwise."""
+    if seconds is not None:
+        return Effort(budget_s=seconds, limit_s=max(10.0, 4 * seconds))
+    return QUICK if quick else CUDA_EFFORT if device == "cuda" else Effort()
+
 
 COMPILED_TEXT = {
     "always": "torch.compile candidates in every row, in the given layout and in channels-last",
@@ -217,7 +226,12 @@ def summary_of(settings: Settings, rows: Sequence[dict[str, Any]]) -> dict[str, 
     if settings.suite == "network":
         return {"groups": [], "bfloat16": [], "network": network_summary(rows)}
     found = summarise_rows(rows)
-    return found if settings.plain else found | {"device": device_summary(rows)}
+    if settings.plain:
+        return found
+    found["device"] = device_summary(rows)
+    if settings.suite == "chain":
+        found["chain"] = against_dense(rows)
+    return found
 
 
 def _again(settings: Settings, probe: Probe) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .cases import Case, case_from_dict, development_cases, expand, quick_cases, read_cases
+from .chain import measure_chain
+from .chain_cases import chain_cases, chain_from_dict, expand_dtypes, quick_chains
 from .devices import Device
 from .network import expand_networks, measure_network, network_cases, network_from_dict, quick_networks
 from .pair import LARGE as LARGE_ROWS
@@ -86,6 +88,15 @@ SUITES: dict[str, Suite] = {
         measure_pair,
         lambda case: case.rows >= LARGE_ROWS,
         "rows,in,out,rank,dtype",
+    ),
+    "chain": Suite(
+        chain_cases,
+        quick_chains,
+        chain_from_dict,
+        lambda cases, dtypes, layouts: expand_dtypes(cases, dtypes),
+        measure_chain,
+        lambda case: True,
+        "format,in,out,in_modes,out_modes,rank,rows,dtype",
     ),
     "network": Suite(
         network_cases,

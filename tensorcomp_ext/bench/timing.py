@@ -16,6 +16,11 @@ SAMPLE_S = 400e-6
 thousandth."""
 
 
+LEAST_ROUNDS = 5
+SLOW_S, SLOW_TIMES = 20e-3, 10.0
+"""A candidate slower than both, in seconds and in times of the fastest, is only measured so often."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Summary of one candidate's samples, microseconds a call."""
@@ -33,12 +38,18 @@ class Timing:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds follow from ``budget_s`` and stay between the two bounds."""
+    """How long to measure: rounds follow from ``budget_s`` and stay between the two bounds.
+
+    A candidate that takes long and far longer than the fastest sits out after the first rounds, so that the
+    others get the more.
+    """
 
     budget_s: float = 2.0
     min_rounds: int = 15
     max_rounds: int = 101
     warmup_s: float = 0.03
+    limit_s: float = 60.0
+    """Seconds that samples may take in all: rounds become fewer for it, down to ``LEAST_ROUNDS``."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sample_s": SAMPLE_S}
@@ -78,25 +89,33 @@ def _warm_up(call: Call, seconds: float) -> float:
     return fastest
 
 
+def _rounds(effort: Effort, round_s: float, later_s: float) -> int:
+    """How many rounds, where the first few take ``round_s`` each and all further ones ``later_s``."""
+    wanted = min(effort.max_rounds, max(effort.min_rounds, int(effort.budget_s / later_s)))
+    left = effort.limit_s - LEAST_ROUNDS * round_s
+    allowed = LEAST_ROUNDS + max(0, int(left / later_s))
+    return min(wanted, allowed)
+
+
 def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
     """Time each call, A B C A B C …, and summarise.
 
     Every sample begins with one untimed call, so that no candidate pays for the caches its predecessor left.
     Which candidate opens a round moves on by one each round. The garbage collector rests meanwhile.
     """
-    inner: dict[str, int] = {}
-    round_s = 0.0
-    for name, call in calls.items():
-        fastest = _warm_up(call, effort.warmup_s)
-        inner[name] = max(1, math.ceil(SAMPLE_S / fastest))
-        round_s += fastest * (inner[name] + 1)
-    rounds = min(effort.max_rounds, max(effort.min_rounds, int(effort.budget_s / round_s)))
+    fastest = {name: _warm_up(call, effort.warmup_s) for name, call in calls.items()}
+    inner = {name: max(1, math.ceil(SAMPLE_S / seconds)) for name, seconds in fastest.items()}
+    cost = {name: seconds * (inner[name] + 1) for name, seconds in fastest.items()}
+    slow = {n for n, s in fastest.items() if s > max(SLOW_S, SLOW_TIMES * min(fastest.values()))}
+    rounds = _rounds(effort, sum(cost.values()), sum(cost[name] for name in calls if name not in slow))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for turn in range(rounds):
+            if turn == LEAST_ROUNDS and slow:
+                names = [name for name in names if name not in slow]
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 call, repeats = calls[name], range(inner[name])
                 call()

@@ -11,14 +11,14 @@ from rich.table import Table as RichTable
 
 from tensorcomp_ext.bench import (
     SUITES,
-    Effort,
     Settings,
     read_results,
     run_suite,
     suite_cases,
 )
+from tensorcomp_ext.bench.chain_summary import chain_lines
 from tensorcomp_ext.bench.device_summary import device_table, network_table, never_slower_line
-from tensorcomp_ext.bench.suite import COMPILED_TEXT, CUDA_EFFORT, QUICK
+from tensorcomp_ext.bench.suite import COMPILED_TEXT, choose_effort
 from tensorcomp_ext.bench.summary import compare
 from tensorcomp_ext.bench.tables import (
     Table,
@@ -73,9 +73,6 @@ def bench(
     """Measure our ops and layers against the best torch can do, interleaved, and against the machine's
     roofline."""
     screen = Screen(as_json == _STDOUT)
-    effort = QUICK if quick else CUDA_EFFORT if device == "cuda" else Effort()
-    if seconds is not None:
-        effort = Effort(budget_s=seconds)
     earlier = read_results(against) if against else None
     settings = Settings(
         suite=suite,
@@ -86,7 +83,7 @@ def bench(
         threads=_numbers(threads or ("1" if device == "cuda" else "1,2")),
         device=device,
         compiled=compiled or ("never" if quick else "always"),
-        effort=effort,
+        effort=choose_effort(device, quick=quick, seconds=seconds),
         limit_s=limit,
     )
     results = _run(settings, None if as_json == _STDOUT else as_json, screen)
@@ -127,6 +124,8 @@ def _show(results: dict[str, Any], screen: Screen) -> None:
         screen.show(_rich(summary_table(results, cases=False), "Geometric means"))
     if results["summary"].get("device"):
         screen.show(_rich(device_table(results), "Large rows; least in brackets"))
+    for line in chain_lines(results):
+        screen.say(line)
     if "network" in results["summary"]:
         screen.show(_rich(network_table(results), "Networks"))
         screen.say(never_slower_line(results))

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tensorcomp_ext.bench import suite as suite_module
+from tensorcomp_ext.bench import timing as timing_module
 from tensorcomp_ext.bench.cases import case_from_dict
 from tensorcomp_ext.bench.suite import Settings, read_results, run_suite, write_json
 from tensorcomp_ext.bench.suites import SUITES, suite_cases
 from tensorcomp_ext.bench.summary import compare, geometric_mean, summarise_rows
 from tensorcomp_ext.bench.tables import markdown, row_line, summary_table
-from tensorcomp_ext.bench.timing import Effort, interleave, percentile
+from tensorcomp_ext.bench.timing import Effort, _rounds, interleave, percentile
 
 SETTINGS = Settings(
     cases=[case_from_dict({"S": 5, "H": 4, "r_in": 2, "r_out": 3})],
@@ -88,7 +89,7 @@ def test_write_is_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"suite": "chain"}, "suite must be of tucker2, pair, network"),
+        ({"suite": "nothing"}, "suite must be of tucker2, pair, chain"),
         ({"dtypes": ["float64"]}, "dtype must be of"),
         ({"directions": []}, "direction must be of"),
         ({"device": "tpu"}, "device must be of cpu, cuda"),
@@ -191,3 +192,21 @@ def test_row_that_cannot_be_measured_says_so_and_the_run_goes_on(monkeypatch):
     assert all(row["error"] == "OutOfMemoryError: no memory for it" for row in results["rows"])
     assert "FAILED" in row_line(results["rows"][0])
     assert results["summary"]["device"][0]["failed"]
+
+
+def test_rounds_follow_from_what_they_cost():
+    effort = Effort(budget_s=2.0, min_rounds=15, max_rounds=101, limit_s=10.0)
+    assert _rounds(effort, 0.01, 0.01) == 101
+    assert _rounds(effort, 0.1, 0.1) == 20
+    assert _rounds(effort, 0.5, 0.5) == 15
+    assert _rounds(effort, 1.0, 1.0) == 10  # the limit
+    assert _rounds(effort, 9.0, 9.0) == 5  # never fewer
+    assert _rounds(effort, 1.5, 0.1) == 20  # the slow ones sit out after five
+
+
+def test_slow_candidates_sit_out(monkeypatch):
+    monkeypatch.setattr(timing_module, "SLOW_S", 0.0)
+    monkeypatch.setattr(timing_module, "_warm_up", lambda call, seconds: call())
+    effort = Effort(budget_s=0.0, min_rounds=7, max_rounds=7, warmup_s=0.0)
+    timed = interleave({"fast": lambda: 0.001, "even": lambda: 0.009, "slow": lambda: 0.011}, effort)
+    assert {name: t.samples for name, t in timed.items()} == {"fast": 7, "even": 7, "slow": 5}
