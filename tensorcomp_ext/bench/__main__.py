@@ -13,6 +13,7 @@ from typing import Any
 
 from .chain_summary import chain_lines
 from .device_summary import device_table, network_table, never_slower_line
+from .embedding_summary import embedding_table
 from .suite import Settings, choose_effort, run_suite
 from .suites import SUITES, suite_cases
 from .tables import markdown, row_line, summary_table
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(summary_table(results)))
     if results["summary"].get("device"):
         print(markdown(device_table(results)))
+    if results["suite"] == "embedding":
+        print(markdown(embedding_table(results)))
     for line in chain_lines(results):
         print(line)
     if "network" in results["summary"]:

@@ -118,5 +118,6 @@ def conclusions(row: dict[str, Any], medians: dict[str, float], headline: str = 
     found["over_stages"] = medians[stages] / ours if stages else None
     found["over_any"] = medians[library] / ours if library else None
     found["roofline_share"] = row["roofline"]["time_us"] / ours
-    found["saved"] = medians[dense] / ours / (row["dense_macs"] / row["macs"]) if dense else None
+    saved = row["dense_macs"] / row["macs"]  # 0 where the dense way only looks up
+    found["saved"] = medians[dense] / ours / saved if dense and saved else None
     return found

@@ -11,6 +11,8 @@ from .cases import Case, case_from_dict, development_cases, expand, quick_cases,
 from .chain import measure_chain
 from .chain_cases import chain_cases, chain_from_dict, expand_dtypes, quick_chains
 from .devices import Device
+from .embedding import measure_embedding
+from .embedding_cases import embedding_cases, embedding_from_dict, quick_embeddings
 from .network import expand_networks, measure_network, network_cases, network_from_dict, quick_networks
 from .pair import LARGE as LARGE_ROWS
 from .pair import expand_pairs, measure_pair, pair_cases, pair_from_dict, quick_pairs
@@ -97,6 +99,15 @@ SUITES: dict[str, Suite] = {
         measure_chain,
         lambda case: True,
         "format,in,out,in_modes,out_modes,rank,rows,dtype",
+    ),
+    "embedding": Suite(
+        embedding_cases,
+        quick_embeddings,
+        embedding_from_dict,
+        lambda cases, dtypes, layouts: expand_dtypes(cases, dtypes),
+        measure_embedding,
+        lambda case: True,
+        "format,vocab,dim,vocab_modes,dim_modes,rank,rows,dtype",
     ),
     "network": Suite(
         network_cases,

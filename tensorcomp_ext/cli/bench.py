@@ -18,6 +18,7 @@ from tensorcomp_ext.bench import (
 )
 from tensorcomp_ext.bench.chain_summary import chain_lines
 from tensorcomp_ext.bench.device_summary import device_table, network_table, never_slower_line
+from tensorcomp_ext.bench.embedding_summary import embedding_table
 from tensorcomp_ext.bench.suite import COMPILED_TEXT, choose_effort
 from tensorcomp_ext.bench.summary import compare
 from tensorcomp_ext.bench.tables import (
@@ -124,6 +125,8 @@ def _show(results: dict[str, Any], screen: Screen) -> None:
         screen.show(_rich(summary_table(results, cases=False), "Geometric means"))
     if results["summary"].get("device"):
         screen.show(_rich(device_table(results), "Large rows; least in brackets"))
+    if results["suite"] == "embedding":
+        screen.show(_rich(embedding_table(results), "Embeddings"))
     for line in chain_lines(results):
         screen.say(line)
     if "network" in results["summary"]:

@@ -1,0 +1,114 @@
+"""The suite of embeddings: random lookups in a factorized table."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from ..plan import PlannedLayer
+from .candidates import Candidate
+from .chain_cases import LAYOUT
+from .devices import Device
+from .embedding_cases import EmbeddingCase
+from .embedding_library import GATHER, REBUILT, SLICES, library_ways
+from .embedding_problem import EmbeddingProblem
+from .layers import default_way, tuned_way
+from .measure import TUNED, measure_candidates, outcome, slack
+from .ours import LAYER
+from .roofline import Probe
+from .timing import Effort
+
+
+def build_embedding(problem: EmbeddingProblem) -> Any:
+    """A ``FactorizedEmbedding`` of the case's format holding the problem's cores; it chooses its plan."""
+    case = problem.case
+    layer_class = importlib.import_module("tensorcomp_ext.nn").FactorizedEmbedding
+    rank: Any = case.cores.ranks[0] if len(case.cores.ranks) == 1 else case.cores.ranks
+    # Weights born under inference mode have no version and would be prepared again at every call.
+    with torch.inference_mode(False), torch.no_grad():
+        layer = layer_class(
+            case.vocab,
+            case.dim,
+            device=torch.device(problem.device),
+            dtype=problem.grad.dtype,
+            format=case.format,
+            rank=rank,
+            in_modes=case.vocab_modes,
+            out_modes=case.dim_modes,
+        )
+        for parameter, value in zip(layer.weight.factors, problem.weights(), strict=True):
+            parameter.copy_(value)
+    layer.train(problem.training)
+    layer.requires_grad_(problem.training)
+    return layer
+
+
+def our_ways(problem: EmbeddingProblem) -> list[Candidate]:
+    """The layer as it comes, and after ``tune``."""
+
+    def call(layer: PlannedLayer) -> Any:
+        return problem.call(layer, list(layer.weight.factors))
+
+    example = problem.indices.clone()
+    return [
+        default_way(LAYOUT, lambda: build_embedding(problem), call, example),
+        tuned_way(LAYOUT, lambda: build_embedding(problem), call, example),
+    ]
+
+
+def measure_embedding(
+    case: EmbeddingCase,
+    direction: str,
+    threads: int,
+    *,
+    device: Device,
+    compiled: str,
+    effort: Effort,
+    probe: Probe,
+) -> dict[str, Any]:
+    """One row as JSON types, with everything :func:`measure.outcome` gives.
+
+    ``over_rebuilt`` is the time of gathering from a table rebuilt at every call over ours. ``memory`` has
+    the peak bytes of a call of each way beyond the weights and indices, and those of cores and output.
+    """
+    training = direction == "backward"
+    problem = EmbeddingProblem(case, training=training, device=device.name)
+    row: dict[str, Any] = {
+        "case": case.to_dict(),
+        "label": case.label(),
+        "direction": direction,
+        "threads": threads,
+        "device": device.name,
+        "macs": problem.macs(),
+        "dense_macs": 0,
+        "large": True,
+    }
+    with (
+        device.settings(case.dtype or "float32"),
+        torch.set_grad_enabled(training),
+        torch.inference_mode(not training),
+    ):
+        candidates = our_ways(problem) + library_ways(problem, compiled)
+        row["candidates"], timed = measure_candidates(
+            candidates, lambda c, outputs: problem.fault(outputs, slack(c)), device, effort
+        )
+        row["memory"] = _memory(problem, [c for c in candidates if c.name in timed], device)
+    flops, moved = problem.work()
+    roof = probe.bound(flops, moved, moved, case.dtype or "float32", threads)
+    row["roofline"] = roof.to_dict()
+    row |= outcome(row, timed)
+    if REBUILT in timed and row["error"] is None:
+        row["over_rebuilt"] = timed[REBUILT].median_us / row["ours_us"]
+    return row
+
+
+def _memory(problem: EmbeddingProblem, candidates: list[Candidate], device: Device) -> dict[str, Any] | None:
+    wanted = {TUNED: "ours_bytes", LAYER: "layer_bytes", SLICES: "stages_bytes"}
+    wanted |= {GATHER: "dense_bytes", REBUILT: "rebuilt_bytes"}
+    peaks = {wanted[c.name]: device.peak_bytes(c.call) for c in candidates if c.name in wanted}
+    ours = peaks.get("ours_bytes", peaks.get("layer_bytes"))
+    if ours is None:
+        return None
+    return peaks | {"least_bytes": problem.bytes_least(), "ratio": ours / problem.bytes_least()}
