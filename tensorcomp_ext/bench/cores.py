@@ -123,7 +123,7 @@ def _train(outs: Sequence[int], ins: Sequence[int], rank: int) -> Cores:
 
 def _ring(outs: Sequence[int], ins: Sequence[int], rank: int) -> Cores:
     modes = (*outs, *ins)
-    ranks = [rank] * (len(modes) - 1)
+    ranks = [rank] * (len(modes) - 1)  # never a single core: there is an output and an input mode
     return _string(modes, [(k,) for k in range(len(modes))], ranks, ring=rank, outs=len(outs))
 
 
@@ -136,7 +136,8 @@ def _matrix_train(outs: Sequence[int], ins: Sequence[int], rank: int) -> Cores:
 
 def _matrix_ring(outs: Sequence[int], ins: Sequence[int], rank: int) -> Cores:
     pairs = [(k, len(outs) + k) for k in range(len(outs))]
-    return _string((*outs, *ins), pairs, [rank] * (len(outs) - 1), ring=rank, outs=len(outs))
+    ring = rank if len(outs) > 1 else 1  # a single core closes on itself
+    return _string((*outs, *ins), pairs, [rank] * (len(outs) - 1), ring=ring, outs=len(outs))
 
 
 def _string(

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from .cases import Case, case_from_dict, development_cases, expand, quick_cases, read_cases
 from .chain import measure_chain
 from .chain_cases import chain_cases, chain_from_dict, expand_dtypes, quick_chains
+from .conv import measure_conv
+from .conv_cases import conv_cases, conv_from_dict, quick_convs
 from .devices import Device
 from .embedding import measure_embedding
 from .embedding_cases import embedding_cases, embedding_from_dict, quick_embeddings
@@ -108,6 +110,15 @@ SUITES: dict[str, Suite] = {
         measure_embedding,
         lambda case: True,
         "format,vocab,dim,vocab_modes,dim_modes,rank,rows,dtype",
+    ),
+    "conv": Suite(
+        conv_cases,
+        quick_convs,
+        conv_from_dict,
+        expand,
+        measure_conv,
+        lambda case: True,
+        "format,rank,N,S,T,H,W,k,stride,padding,dilation,layout,dtype (format, rank, S and H required)",
     ),
     "network": Suite(
         network_cases,
