@@ -11,6 +11,7 @@ from .layer import PlannedLayer
 
 # Candidates are offered in the order of registration, dense first.
 from .dense import Dense  # isort: skip
+from .packed import Packed  # isort: skip
 from .staged import Staged  # isort: skip
 from .fused import Fused  # isort: skip
 from .partial import Partial  # isort: skip
@@ -27,6 +28,7 @@ __all__ = [
     "Geometry",
     "LayerTuning",
     "LinearGeometry",
+    "Packed",
     "Partial",
     "Plan",
     "PlannedLayer",

@@ -28,6 +28,9 @@ class Dense(Plan):
         moved = math.prod(case.shape) + weights + math.prod(output)
         kind = "linear" if len(shape) == 2 else "conv" if math.prod(shape[2:]) > 1 else "pointwise"
         stages = [Stage(kind, layer.geometry.positions(output) * weights, width, moved)]
+        if case.device == "cpu" and layer.geometry.spatial:
+            # At each call oneDNN copies the weight into the order its kernel reads.
+            stages.append(Stage(kind, 0, width, 2 * weights))
         if case.training or case.prefer == "memory":
             ranks = layer.weight.rank
             inner = ranks if isinstance(ranks, int) else min(ranks)

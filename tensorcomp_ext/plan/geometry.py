@@ -83,6 +83,19 @@ class ConvGeometry(Geometry):
     def positions(self, shape: Sequence[int]) -> int:
         return shape[0] * math.prod(shape[2:])
 
+    def same_is_uneven(self, weight_shape: Sequence[int]) -> bool:
+        """Whether "same" padding needs one pixel more on one side than on the other."""
+        reaches = [d * (size - 1) for d, size in zip(self.dilation, weight_shape[2:], strict=True)]
+        return self.padding == "same" and any(reach % 2 for reach in reaches)
+
+    def symmetric_padding(self, weight_shape: Sequence[int]) -> list[int]:
+        """Padding of each dimension as ints, where :meth:`same_is_uneven` does not hold."""
+        if not isinstance(self.padding, str):
+            return list(self.padding)
+        if self.padding == "valid":
+            return [0] * self.spatial
+        return [d * (size - 1) // 2 for d, size in zip(self.dilation, weight_shape[2:], strict=True)]
+
 
 @dataclass(frozen=True)
 class LinearGeometry(Geometry):

@@ -79,7 +79,7 @@ def test_memory_layout() -> None:
 
 def test_candidates_by_layer() -> None:
     image = FactorizedConv2d(4, 4, 3, rank=(2, 2))
-    assert [p.name for p in plans_for(image)] == ["dense", "staged", "fused", "partial"]
+    assert [p.name for p in plans_for(image)] == ["dense", "packed", "staged", "fused", "partial"]
     assert [p.name for p in plans_for(FactorizedConv1d(4, 4, 3, rank=(2, 2)))] == ["dense", "staged"]
     assert [p.name for p in plans_for(FactorizedLinear(4, 4, rank=2))] == ["dense", "staged", "fused"]
 
@@ -112,7 +112,8 @@ def test_counts_of_candidates() -> None:
     stored = 320 + 9 * 120 + 12 * 48
     assert found["fused"].bytes == 4 * (x.numel() + stored + after * 48)
     assert found["staged"].bytes == found["fused"].bytes + 4 * 2 * (before * 10 + after * 12)
-    assert found["dense"].bytes == 4 * (x.numel() + 9 * 32 * 48 + after * 48)
+    assert found["packed"].bytes == 4 * (x.numel() + 9 * 32 * 48 + after * 48)
+    assert found["dense"].bytes == found["packed"].bytes + 4 * 2 * 9 * 32 * 48
     rebuilt = {c.name: c for c in layer.plans(x, training=True)}["dense"]
     assert rebuilt.macs == found["dense"].macs + layer.weight.rebuild_macs()
     layer.prefer = "memory"
@@ -124,7 +125,7 @@ def test_cost_model_chooses() -> None:
     x = torch.empty(8, 64, 28, 28)
     small = FactorizedConv2d(64, 64, 3, padding=1, rank=(8, 8)).plans(x, training=False)
     assert small[0].name == "fused" and small[0].chosen and small[0].reason == "predicted fastest"
-    assert [c.chosen for c in small] == [True, False, False, False]
+    assert [c.chosen for c in small] == [True, False, False, False, False]
     assert "x the time of fused" in small[1].reason
     full = FactorizedConv2d(64, 64, 3, padding=1, rank=(64, 64))
     chosen = {c.name: c for c in full.plans(x, training=False)}
@@ -178,7 +179,9 @@ def test_candidate_is_json() -> None:
 
 
 def test_registry() -> None:
-    with pytest.raises(ValueError, match=r"one of \['dense', 'fused', 'partial', 'staged'\], got 'quick'"):
+    with pytest.raises(
+        ValueError, match=r"one of \['dense', 'fused', 'packed', 'partial', 'staged'\], got 'quick'"
+    ):
         get_plan("quick")
     with pytest.raises(ValueError, match="'dense' is taken by Dense"):
         register_plan("dense")(Fused)
