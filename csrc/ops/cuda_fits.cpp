@@ -1,5 +1,5 @@
-// torch.ops.tensorcomp.cuda_fits: the question the CUDA ops ask themselves at every call, for callers that want to know
-// before. It needs no CUDA, and is here so that every build can answer it.
+// torch.ops.tensorcomp.cuda_fits and cuda_fits_chain: the question the CUDA ops ask themselves at every call, for
+// callers that want to know before. It needs no CUDA, and is here so that every build can answer it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
@@ -9,15 +9,25 @@
 #include <limits>
 #include <vector>
 
+#include "../kernels/cuda/chain_plan.h"
 #include "../kernels/cuda/convolution_shape.h"
 
 namespace tensorcomp::ops {
 namespace {
 
+using namespace tensorcomp::cuda;
+
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
+
+DeviceLimits limits_of(int64_t shared_bytes) {
+  DeviceLimits device;
+  device.shared_per_block = device.shared_per_multiprocessor =
+      static_cast<int32_t>(std::clamp<int64_t>(shared_bytes, 0, kMost));
+  return device;
+}
+
 // sizes: rank_in, rank_out, ring, kernel (2), stride (2), dilation (2). A kernel of 0 x 0 stands for no core.
 bool cuda_fits(std::vector<int64_t> sizes, bool depthwise, int64_t element_size, int64_t shared_bytes) {
-  using namespace tensorcomp::cuda;
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
   STD_TORCH_CHECK(sizes.size() == 9, "cuda_fits: sizes must hold 9 ints, got ", sizes.size());
   const bool core = sizes[3] != 0 || sizes[4] != 0;
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -41,10 +51,13 @@ bool cuda_fits(std::vector<int64_t> sizes, bool depthwise, int64_t element_size,
   // Of an image larger than any tile: what fits there fits everywhere.
   c.height = c.width = c.out_height = c.out_width = core ? 1 << 16 : 1;
   c.c_in = c.c_out = 8;
-  DeviceLimits device;
-  device.shared_per_block = device.shared_per_multiprocessor =
-      static_cast<int32_t>(std::clamp<int64_t>(shared_bytes, 0, kMost));
-  return fits(c, device);
+  return fits(c, limits_of(shared_bytes));
+}
+
+bool cuda_fits_chain(std::vector<int64_t> program, int64_t element_size, int64_t shared_bytes) {
+  const std::optional<Program> steps = decode_program(program);
+  STD_TORCH_CHECK(steps.has_value(), "cuda_fits_chain: program does not describe a chain of products");
+  return chain_fits(*steps, element_size == 4 ? Element::kFloat32 : Element::kFloat16, limits_of(shared_bytes));
 }
 
 }  // namespace
@@ -52,8 +65,10 @@ bool cuda_fits(std::vector<int64_t> sizes, bool depthwise, int64_t element_size,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
   m.def("cuda_fits(int[] sizes, bool depthwise, int element_size, int shared_bytes) -> bool");
+  m.def("cuda_fits_chain(int[] program, int element_size, int shared_bytes) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensorcomp, CompositeExplicitAutograd, m) {
   m.impl("cuda_fits", TORCH_BOX(&tensorcomp::ops::cuda_fits));
+  m.impl("cuda_fits_chain", TORCH_BOX(&tensorcomp::ops::cuda_fits_chain));
 }

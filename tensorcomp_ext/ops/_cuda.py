@@ -152,6 +152,22 @@ def fits_two_factor(device: torch.device, rank: int, element_size: int) -> Suppo
     return Support(True)
 
 
+def fits_chain(device: torch.device, program: Sequence[int], element_size: int) -> Support:
+    """Whether the fused CUDA kernel of chains takes a program, and why not.
+
+    Args:
+        program: as the ops take it.
+        element_size: bytes of an entry, 4 or 2.
+    """
+    if not _fits_chain(tuple(program), element_size, _shared_bytes(device)):
+        return Support(
+            False,
+            "the states of one row between the products, with at most 8 products and 8 dims that move apart, "
+            "do not fit the shared memory of this device",
+        )
+    return Support(True)
+
+
 @lru_cache(maxsize=64)
 def _shared_bytes(device: torch.device) -> int:
     """Shared memory a block can have; that of the largest where there is no device to ask (fake tensors)."""
@@ -166,3 +182,8 @@ def _shared_bytes(device: torch.device) -> int:
 def _fits(sizes: tuple[int, ...], depthwise: bool, element_size: int, shared_bytes: int) -> bool:
     # Of the CPU library, which is there wherever the CUDA library is.
     return bool(torch.ops.tensorcomp.cuda_fits(sizes, depthwise, element_size, shared_bytes))
+
+
+@lru_cache(maxsize=4096)
+def _fits_chain(program: tuple[int, ...], element_size: int, shared_bytes: int) -> bool:
+    return bool(torch.ops.tensorcomp.cuda_fits_chain(program, element_size, shared_bytes))

@@ -1,7 +1,8 @@
 """A chain of matrix products over the modes of each row: what linear layers of every network lower to.
 
-CPU float32 and bfloat16 are served by ``csrc/ops/chain.cpp`` where it is built. Elsewhere the oracle serves,
-products of torch's library; :func:`native_support` says why.
+CPU float32 and bfloat16 are served by ``csrc/ops/chain.cpp``, CUDA float32, float16 and bfloat16 by
+``csrc/ops/cuda/chain.cpp``, where they are built. Elsewhere the oracle serves, products of torch's library;
+:func:`native_support` says why.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ def native_support(x: Tensor, matrices: Sequence[Tensor], program: Program) -> S
         return Support(False, f"there is no native {_NAME} for device {device!r}")
     if loaded.ok and not _BUILT[device]:
         return Support(False, f"the native {device.upper()} library has no {_NAME}")
+    if loaded.ok and device == "cuda" and not _is_compiling():
+        # In a compiled graph the op itself decides by sizes.
+        return _cuda.fits_chain(x.device, program_numbers(program), x.element_size())
     return loaded
 
 

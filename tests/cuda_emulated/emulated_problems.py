@@ -14,6 +14,7 @@ from cuda_problems import MODES, Problem, convolution, pair
 from pair_problems import PairCase
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from tucker2_problems import Case, relative
 
 from tensorcomp_ext.ops._conv_arguments import Geometry
@@ -32,6 +33,10 @@ OPS = (
     "two_factor_linear_backward",
     "two_factor_linear_pack",
     "two_factor_linear_packed",
+    "chain",
+    "chain_backward",
+    "chain_pack",
+    "chain_packed",
 )
 WITH_REFERENCE = tuple(op for op in OPS if not op.endswith(("pack", "packed", "tail")))
 """Ops that go to a reference where the kernels cannot serve; the others raise."""
@@ -145,7 +150,7 @@ def compare_gradients(
 def check_like_fake(op: str, found: Tensor | tuple[Tensor, ...], *arguments: Any) -> None:
     """Shapes, strides and dtypes are what the op's shape function says."""
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+        fakes = tree_map_only(Tensor, mode.from_tensor, arguments)
         expected = getattr(torch.ops.tensorcomp, op)(*fakes)
     ours, theirs = ((found,), (expected,)) if isinstance(found, Tensor) else (found, expected)
     for i, (tensor, fake) in enumerate(zip(ours, theirs, strict=True)):

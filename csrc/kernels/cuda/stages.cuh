@@ -27,11 +27,26 @@ struct Right {
   int32_t pair;   // first one read
 };
 
+// The first `valid` columns of an A fragment as it comes from shared memory; zeros behind them.
+template <typename E>
+TC_DEVICE void keep_columns(uint32_t (&a)[4], int32_t valid, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (sizeof(typename E::Storage) == 2) {
+      const int32_t column = 2 * (lane % 4) + i / 2 * 8;
+      a[i] = column >= valid ? 0u : column + 1 >= valid ? a[i] & 0xffffu : a[i];
+    } else {
+      a[i] = lane % 4 + i / 2 * 4 >= valid ? 0u : a[i];
+    }
+  }
+}
+
 // acc += A B over one step, for the first kBlocks blocks of rows and kPairs pairs of 8-column blocks: straight code,
-// so that the loads of a step are on their way together. `rows[i]` is this thread's ldmatrix row of block i.
-template <typename E, int kBlocks, int kPairs, int kM, int kN>
+// so that the loads of a step are on their way together. `rows[i]` is this thread's ldmatrix row of block i. With
+// kPartial only the first `valid` columns of A are its own.
+template <typename E, int kBlocks, int kPairs, bool kPartial = false, int kM, int kN>
 TC_DEVICE void multiply_step(Accumulators<kM, kN>& acc, const char* const (&rows)[kM], const Right& right, int32_t step,
-                             int lane) {
+                             int lane, int32_t valid = 0) {
   constexpr int kParts = sizeof(typename E::Storage) == 4 ? 2 : 1;
   const Words4* fragment =
       right.fragments + (static_cast<int64_t>(step) * right.pairs + right.pair) * kParts * 32 + lane;
@@ -39,6 +54,7 @@ TC_DEVICE void multiply_step(Accumulators<kM, kN>& acc, const char* const (&rows
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
     load_matrices(left[i].a, rows[i]);
+    if constexpr (kPartial) keep_columns<E>(left[i].a, valid, lane);
     left[i].prepare();
   }
   // Not more at a time than registers hold beside the accumulators.

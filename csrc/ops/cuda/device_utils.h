@@ -119,23 +119,30 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 
 // Bytes of packed weights. A header could not be read without waiting for the device, so a few bytes at the end, whose
 // number follows from sizes and dtype, tell what they were packed for.
-inline size_t packed_size(const Convolution& c) {
+inline size_t size_with_tag(size_t bytes, const std::vector<int64_t>& packed_for) {
   uint64_t tag = 0;
-  const bool half = c.element == Element::kFloat16;
-  for (const int64_t v : {int64_t{c.c_in}, int64_t{c.rank_in}, int64_t{c.rank_out}, int64_t{c.c_out}, int64_t{c.ring},
-                          int64_t{c.kernel_h}, int64_t{c.kernel_w}, static_cast<int64_t>(c.core),
-                          int64_t{element_bytes(c.element)}, int64_t{half}}) {
+  for (const int64_t v : packed_for) {
     tag = (tag ^ static_cast<uint64_t>(v)) * 0x9e3779b97f4a7c15u;
     tag ^= tag >> 29;
   }
-  return packed_bytes(c) + 1 + tag % 4093;
+  return bytes + 1 + tag % 4093;
+}
+
+inline size_t packed_size(const Convolution& c) {
+  const bool half = c.element == Element::kFloat16;
+  return size_with_tag(packed_bytes(c), {c.c_in, c.rank_in, c.rank_out, c.c_out, c.ring, c.kernel_h, c.kernel_w,
+                                         static_cast<int64_t>(c.core), element_bytes(c.element), half});
+}
+
+inline bool holds_packed(const Tensor& packed, size_t size, const Tensor& x) {
+  return packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+         packed.get_device_index() == x.get_device_index() && packed.numel() == static_cast<int64_t>(size) &&
+         reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
 }
 
 // Whether these bytes are weights packed for a problem.
 inline bool is_packed_for(const Convolution& c, const Tensor& packed, const Tensor& x) {
-  return packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-         packed.get_device_index() == x.get_device_index() && packed.numel() == static_cast<int64_t>(packed_size(c)) &&
-         reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
+  return holds_packed(packed, packed_size(c), x);
 }
 
 // The bias of a call, dense; raises where it does not fit.

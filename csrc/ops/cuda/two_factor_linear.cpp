@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-#include "ops/cuda/device_utils.h"
+#include "ops/cuda/rows.h"
 
 namespace tensorcomp::ops::cuda {
 namespace {
@@ -45,60 +45,6 @@ PairSizes checked_sizes(const Tensor& a, const Tensor& b) {
   return {a.size(0), a.size(1), b.size(1)};
 }
 
-int64_t rows_of(const Tensor& x, const char* argument, int64_t features) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == features, kName, ": ", argument, " must be [..., ", features,
-                  "], got ", sizes_of(x));
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return rows;
-}
-
-// Rows that lie at equal steps can be read where they are: the leading dimensions follow each other, of any stride.
-std::optional<Image> rows_image(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  int64_t step = x.size(last), expected = -1;
-  for (int64_t d = last - 1; d >= 0; --d) {
-    if (x.size(d) == 1) continue;
-    if (expected < 0) step = x.stride(d);
-    if (expected >= 0 && x.stride(d) != expected) return std::nullopt;
-    expected = x.stride(d) * x.size(d);
-  }
-  const int64_t rows = x.numel() / std::max<int64_t>(x.size(last), 1);
-  const int64_t channel = x.size(last) == 1 ? 1 : x.stride(last);
-  return Image{x.const_data_ptr(), {rows * step, channel, rows * step, step}};
-}
-
-struct Rows {
-  explicit Rows(const Tensor& x) : kept(x) {
-    std::optional<Image> found = rows_image(x);
-    if (!found.has_value()) {
-      kept = torch::stable::contiguous(x);
-      found = rows_image(kept);
-    }
-    image = *found;
-  }
-  Tensor kept;
-  Image image;
-};
-
-// A dense tensor of x's leading sizes and `features`.
-Tensor rows_like(const Tensor& x, int64_t features) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
-  sizes.back() = features;
-  int64_t step = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = step;
-    step *= std::max<int64_t>(sizes[d], 1);
-  }
-  int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype_of(x), type, x.get_device_index(),
-                                                         &handle));
-  return Tensor(handle);
-}
-
 Strides4 dense_rows(int64_t rows, int64_t features) { return {rows * features, 1, rows * features, features}; }
 
 Tensor packed_pair(const Convolution& c, const CallDevice& device, const Tensor& a, const Tensor& b) {
@@ -128,7 +74,7 @@ Tensor two_factor_linear(const Tensor& x, const Tensor& a, const Tensor& b, std:
     const PairSizes sizes = checked_sizes(a, b);
     STD_TORCH_CHECK(a.scalar_type() == x.scalar_type() && a.get_device_index() == x.get_device_index(), kName,
                     ": x and the factors must have one dtype and lie on one device");
-    const int64_t rows = rows_of(x, "x", sizes.in);
+    const int64_t rows = rows_of(kName, x, "x", sizes.in);
     if (in_range(sizes, rows)) {
       const Convolution c = pair_problem(sizes, rows, element_of(x, allow_tf32));
       if (kernels_take(c, device)) return run_pair(c, device, x, packed_pair(c, device, a, b), bias);
@@ -146,8 +92,8 @@ Results two_factor_linear_backward(const Tensor& grad, const Tensor& x, const Te
                                    bool allow_tf32) {
   const CallDevice device(x);
   const PairSizes sizes = checked_sizes(a, b);
-  const int64_t rows = rows_of(x, "x", sizes.in);
-  STD_TORCH_CHECK(rows_of(grad, "grad", sizes.out) == rows && grad.scalar_type() == x.scalar_type() &&
+  const int64_t rows = rows_of(kName, x, "x", sizes.in);
+  STD_TORCH_CHECK(rows_of(kName, grad, "grad", sizes.out) == rows && grad.scalar_type() == x.scalar_type() &&
                       a.scalar_type() == x.scalar_type() && grad.get_device_index() == x.get_device_index() &&
                       a.get_device_index() == x.get_device_index(),
                   kName, ": grad must have the shape, dtype and device of the output");
@@ -204,7 +150,7 @@ Tensor two_factor_linear_packed(const Tensor& x, const Tensor& packed, std::opti
   STD_TORCH_CHECK(served(x), kName, "_packed: x must be float32, float16 or bfloat16");
   const CallDevice device(x);
   const Convolution c =
-      pair_problem({sizes[0], sizes[1], sizes[2]}, rows_of(x, "x", sizes[2]), element_of(x, sizes[3] != 0));
+      pair_problem({sizes[0], sizes[1], sizes[2]}, rows_of(kName, x, "x", sizes[2]), element_of(x, sizes[3] != 0));
   STD_TORCH_CHECK(is_packed_for(c, packed, x), kName,
                   "_packed: the factors were packed for other sizes, another dtype or another device");
   STD_TORCH_CHECK(kernels_take(c, device), kName, "_packed: the rank is too large for this device's shared memory");
