@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class Format(nn.Module, ABC):
     name: ClassVar[str]
     """The name it is registered under."""
     layers: ClassVar[frozenset[str]]
-    """The kinds of layer whose weight it can hold: "conv", "linear"."""
-    factor_names: ClassVar[tuple[str, ...]]
+    """The kinds of layer whose weight it can hold: "conv", "linear", "embedding"."""
+    factor_names: tuple[str, ...]
     """Attribute names of the parameters, in the order the constructor takes them."""
 
     @property
@@ -41,6 +41,11 @@ class Format(nn.Module, ABC):
     @abstractmethod
     def rank(self) -> Rank:
         """The rank or ranks, as the classmethods take them."""
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """The options of the classmethods, in JSON types, that with shape and rank describe the factors."""
+        return {}
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -60,25 +65,30 @@ class Format(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def factor_shapes(cls, shape: Sequence[int], rank: Rank) -> tuple[tuple[int, ...], ...]:
+    def factor_shapes(cls, shape: Sequence[int], rank: Rank, **structure: Any) -> tuple[tuple[int, ...], ...]:
         """Shapes of the factors of a dense ``shape`` at ``rank``, in the order of ``factor_names``."""
 
     @classmethod
     @abstractmethod
-    def check_rank(cls, shape: Sequence[int], rank: Rank) -> Rank:
+    def check_rank(cls, shape: Sequence[int], rank: Rank, **structure: Any) -> Rank:
         """``rank`` in canonical form, clipped with a warning to the largest useful one.
 
         Raises:
-            ValueError: a rank below 1, or the wrong number of ranks.
+            ValueError: a rank below 1, the wrong number of ranks, or a structure that does not fit.
+            TypeError: an option of ``structure`` that the format does not have.
         """
 
     @classmethod
     @abstractmethod
-    def from_dense(cls, weight: Tensor, rank: Rank) -> Self:
+    def from_dense(cls, weight: Tensor, rank: Rank, **options: Any) -> Self:
         """Decompose ``weight`` (computed in float64, returned in its dtype on its device).
+
+        Args:
+            options: the format's structure, and what its decomposition takes.
 
         Raises:
             ValueError: NaN or Inf in ``weight``, or a rank below 1.
+            TypeError: an unknown option.
         """
 
     @property
@@ -107,10 +117,16 @@ class Format(nn.Module, ABC):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **structure: Any,
     ) -> Self:
         """Uninitialised factors, to be filled by a state dict or :meth:`reset_parameters`."""
-        shapes = cls.factor_shapes(shape, cls.check_rank(shape, rank))
-        return cls(*(torch.empty(s, device=device, dtype=dtype) for s in shapes))
+        shapes = cls.factor_shapes(shape, cls.check_rank(shape, rank, **structure), **structure)
+        return cls._of([torch.empty(s, device=device, dtype=dtype) for s in shapes], shape, structure)
+
+    @classmethod
+    def _of(cls, factors: Sequence[Tensor], shape: Sequence[int], structure: Mapping[str, Any]) -> Self:
+        """The format made of these factors."""
+        return cls(*factors)
 
     @classmethod
     def random(
@@ -122,9 +138,10 @@ class Format(nn.Module, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        **structure: Any,
     ) -> Self:
         """Random factors, the dense weight's entries of the given variance; see :meth:`reset_parameters`."""
-        made = cls.empty(shape, rank, device=device, dtype=dtype)
+        made = cls.empty(shape, rank, device=device, dtype=dtype, **structure)
         made.reset_parameters(variance, generator=generator)
         return made
 
@@ -139,6 +156,9 @@ class Format(nn.Module, ABC):
 
         Args:
             variance: ``v``; ``2 / fan_in`` when None (He et al. 2015).
+
+        Raises:
+            ValueError: a variance of 0 or below.
         """
         if variance is None:
             variance = 2.0 / math.prod(self.shape[1:])
@@ -177,7 +197,7 @@ def get_format(name: str, layer: str | None = None) -> type[Format]:
     """The format class registered under ``name``.
 
     Args:
-        layer: "conv" or "linear": accept only formats that can hold such a layer's weight.
+        layer: "conv", "linear" or "embedding": accept only formats that can hold such a layer's weight.
 
     Raises:
         ValueError: unknown name, with the names there are.
@@ -190,18 +210,18 @@ def get_format(name: str, layer: str | None = None) -> type[Format]:
 
 
 def format_names(layer: str | None = None) -> list[str]:
-    """Names of the registered formats, or of those that can hold the weight of a "conv" or "linear" layer."""
+    """Names of the registered formats, or of those for the layers "conv", "linear" or "embedding"."""
     return sorted(n for n, cls in _FORMATS.items() if layer is None or layer in cls.layers)
 
 
-def clip_rank(name: str, what: str, rank: object, largest: int) -> int:
+def clip_rank(name: str, what: str, rank: object, largest: int, why: str = "the size of its mode") -> int:
     """``rank`` as an int, clipped with a warning; shared by the ``check_rank`` of all formats."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{name}: {what} must be an int, got {rank!r}")
     if rank < 1:
         raise ValueError(f"{name}: {what} must be at least 1, got {rank}")
     if rank > largest:
-        warnings.warn(f"{name}: {what}={rank} is clipped to {largest}, the size of its mode", stacklevel=4)
+        warnings.warn(f"{name}: {what}={rank} is clipped to {largest}, {why}", stacklevel=4)
         return largest
     return rank
 
@@ -225,3 +245,9 @@ def check_factor(
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """The tensor itself if it is a parameter already, else a new parameter of it."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def no_structure(name: str, structure: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` for options given to a format that has none."""
+    if structure:
+        raise TypeError(f"{name}: takes no option {next(iter(structure))!r}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..decompose import svd_factors
-from .base import Format, Rank, as_parameter, check_factor, clip_rank, register_format
+from .base import Format, Rank, as_parameter, check_factor, clip_rank, no_structure, register_format
 from .forms import TwoFactor
 
 
@@ -31,7 +31,7 @@ class SVD(Format):
     """
 
     layers: ClassVar[frozenset[str]] = frozenset({"linear"})
-    factor_names: ClassVar[tuple[str, ...]] = ("a", "b")
+    factor_names = ("a", "b")
     a: nn.Parameter
     b: nn.Parameter
 
@@ -64,7 +64,8 @@ class SVD(Format):
         return TwoFactor(self.a, self.b)
 
     @classmethod
-    def check_rank(cls, shape: Sequence[int], rank: Rank) -> int:
+    def check_rank(cls, shape: Sequence[int], rank: Rank, **structure: Any) -> int:
+        no_structure(cls.name, structure)
         if len(shape) != 2:
             raise ValueError(f"svd: shape must be [M, N], got {list(shape)}")
         if not isinstance(rank, int):
@@ -74,12 +75,13 @@ class SVD(Format):
         return clip_rank("svd", "R", rank, min(shape))
 
     @classmethod
-    def factor_shapes(cls, shape: Sequence[int], rank: Rank) -> tuple[tuple[int, ...], ...]:
-        kept = cls.check_rank(shape, rank)
+    def factor_shapes(cls, shape: Sequence[int], rank: Rank, **structure: Any) -> tuple[tuple[int, ...], ...]:
+        kept = cls.check_rank(shape, rank, **structure)
         return (shape[0], kept), (kept, shape[1])
 
     @classmethod
-    def from_dense(cls, weight: Tensor, rank: Rank) -> Self:
+    def from_dense(cls, weight: Tensor, rank: Rank, **options: Any) -> Self:
         """Truncated SVD of a matrix ``[M, N]``, the best approximation of that rank."""
+        no_structure(cls.name, options)
         found = svd_factors(weight.detach(), cls.check_rank(weight.shape, rank))
         return cls(found.a, found.b)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..decompose import tucker2
-from .base import Format, Rank, as_parameter, check_factor, clip_rank, register_format
+from .base import Format, Rank, as_parameter, check_factor, clip_rank, no_structure, register_format
 from .forms import BottleneckConv
 
 
@@ -33,7 +33,7 @@ class Tucker2(Format):
     """
 
     layers: ClassVar[frozenset[str]] = frozenset({"conv"})
-    factor_names: ClassVar[tuple[str, ...]] = ("core", "factor_out", "factor_in")
+    factor_names = ("core", "factor_out", "factor_in")
     core: nn.Parameter
     factor_out: nn.Parameter
     factor_in: nn.Parameter
@@ -94,7 +94,8 @@ class Tucker2(Format):
         return BottleneckConv(self.factor_in, self.core, self.factor_out)
 
     @classmethod
-    def check_rank(cls, shape: Sequence[int], rank: Rank) -> tuple[int, int]:
+    def check_rank(cls, shape: Sequence[int], rank: Rank, **structure: Any) -> tuple[int, int]:
+        no_structure(cls.name, structure)
         ranks = (rank, rank) if isinstance(rank, int) else tuple(rank)
         if len(ranks) != 2:
             raise ValueError(f"tucker2: rank must be an int or (R_out, R_in), got {rank!r}")
@@ -106,13 +107,16 @@ class Tucker2(Format):
         )
 
     @classmethod
-    def factor_shapes(cls, shape: Sequence[int], rank: Rank) -> tuple[tuple[int, ...], ...]:
-        rank_out, rank_in = cls.check_rank(shape, rank)
+    def factor_shapes(cls, shape: Sequence[int], rank: Rank, **structure: Any) -> tuple[tuple[int, ...], ...]:
+        rank_out, rank_in = cls.check_rank(shape, rank, **structure)
         return (rank_out, rank_in, *shape[2:]), (shape[0], rank_out), (shape[1], rank_in)
 
     @classmethod
-    def from_dense(cls, weight: Tensor, rank: Rank, *, method: Literal["hooi", "hosvd"] = "hooi") -> Self:
+    def from_dense(
+        cls, weight: Tensor, rank: Rank, *, method: Literal["hooi", "hosvd"] = "hooi", **options: Any
+    ) -> Self:
         """Decompose a kernel ``[T, S, *k]`` by HOOI (or ``method="hosvd"``) in its two channel modes."""
+        no_structure(cls.name, options)
         rank_out, rank_in = cls.check_rank(weight.shape, rank)
         found = tucker2(weight.detach(), rank_out, rank_in, method=method)
         return cls(found.core, found.factor_out, found.factor_in)

@@ -15,6 +15,9 @@ from ..formats import Format, Rank, get_format
 from ..plan import PlannedLayer
 from ..ranks import parse_rank, resolve_rank
 
+STRUCTURE = ("in_modes", "out_modes", "input_order")
+"""Options of formats that describe the factors; what else ``from_dense`` takes is for the decomposition."""
+
 _LAYERS: dict[str, type[FactorizedLayer]] = {}
 
 
@@ -74,10 +77,11 @@ class FactorizedLayer(PlannedLayer):
         rank: Any,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        structure: Mapping[str, Any],
     ) -> Format:
-        return get_format(format, self.kind).empty(
-            shape, resolve(rank, shape, format), device=device, dtype=dtype
-        )
+        options = {key: value for key, value in structure.items() if value is not None}
+        ranks = resolve(rank, shape, format, **options)
+        return get_format(format, self.kind).empty(shape, ranks, device=device, dtype=dtype, **options)
 
     def _take_dense(self, source: nn.Module, weight: Format) -> None:
         """Put a decomposed weight and the bias and state of the torch.nn layer it came from in place."""
@@ -98,8 +102,13 @@ class FactorizedLayer(PlannedLayer):
         return target
 
 
-def resolve(rank: Any, shape: Sequence[int], format: str, weight: Tensor | None = None) -> Rank:
+def resolve(
+    rank: Any, shape: Sequence[int], format: str, weight: Tensor | None = None, **structure: Any
+) -> Rank:
     """A rank as users may give it, for a weight of ``shape``, as the format takes it.
+
+    Args:
+        structure: options of the format, such as ``in_modes``.
 
     Raises:
         ValueError: a rank rule that looks at the weight where there is none, or a rank out of range.
@@ -108,7 +117,7 @@ def resolve(rank: Any, shape: Sequence[int], format: str, weight: Tensor | None 
         rank = parse_rank(rank)
     if isinstance(rank, tuple) and all(type(r) is int for r in rank):
         return rank
-    if type(rank) is int and format == "svd":
+    if type(rank) is int and format != "tucker2":
         return rank
     if weight is None:
         if not isinstance(rank, (int, float)):
@@ -116,8 +125,37 @@ def resolve(rank: Any, shape: Sequence[int], format: str, weight: Tensor | None 
                 f"rank must be an int, a tuple or a fraction for a layer without weights, got {rank!r}"
             )
         weight = torch.empty(tuple(shape), device="meta")
-    found: Rank = resolve_rank(rank, weight, format)
+    found: Rank = resolve_rank(rank, weight, format, **structure)
     return found
+
+
+def decomposed(
+    name: str, weight: Tensor, format: str, kind: str, rank: Any, options: Mapping[str, Any]
+) -> Format:
+    """A dense weight in a format, at a rank as users may give it.
+
+    Args:
+        name: of the caller, for messages.
+        kind: of the layer, as :func:`..formats.get_format` takes it.
+        options: of the format and of its decomposition.
+
+    Raises:
+        ValueError: no rank, NaN or Inf in the weight, a rank that does not fit. TypeError: unknown option.
+    """
+    if rank is None:
+        raise ValueError(f"{name}: rank is needed: an int, a tuple, a fraction or a rule")
+    given = {key: value for key, value in options.items() if value is not None}
+    structure = {key: given[key] for key in STRUCTURE if key in given}
+    ranks = resolve(rank, weight.shape, format, weight, **structure)
+    return get_format(format, kind).from_dense(weight, ranks, **given)
+
+
+def structure_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the format in a layer's configuration; older ones have none."""
+    structure = config.get("structure", {})
+    if not isinstance(structure, Mapping):
+        raise ValueError(f"from_config: structure must be a mapping, got {type(structure).__name__}")
+    return dict(structure)
 
 
 LayerClass = TypeVar("LayerClass", bound=type[FactorizedLayer])

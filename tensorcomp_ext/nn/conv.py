@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..formats import BottleneckConv, get_format
 from ..plan import ConvGeometry
 from ..plan.case import autocast_dtype
-from .base import FactorizedLayer, dtype_from_name, dtype_name, register_layer, resolve
+from .base import FactorizedLayer, decomposed, dtype_from_name, dtype_name, register_layer, structure_of
+from .sequential import convolutions
 
 Sizes = int | Sequence[int]
 
@@ -46,6 +46,8 @@ class _FactorizedConv(FactorizedLayer):
         *,
         format: str = "tucker2",
         rank: Any,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +76,8 @@ class _FactorizedConv(FactorizedLayer):
             self.padding = _sizes(padding, spatial, f"{name}: padding", 0)
         self.geometry = ConvGeometry(spatial, self.stride, self.padding, self.dilation)
         shape = (out_channels, in_channels, *self.kernel_size)
-        self.weight = self._make_weight(shape, format, rank, device, dtype)
+        structure = {"in_modes": in_modes, "out_modes": out_modes}
+        self.weight = self._make_weight(shape, format, rank, device, dtype, structure)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         )
@@ -91,7 +94,8 @@ class _FactorizedConv(FactorizedLayer):
             format: name of a format for convolutions.
             rank: int, tuple (tucker2: ``(R_out, R_in)``), float in (0, 1] (fraction of the dense parameters)
                 or a rule of ``tensorcomp_ext.ranks``.
-            options: passed to the format's ``from_dense``.
+            options: passed to the format's ``from_dense``: ``in_modes``, ``out_modes``, and what its
+                decomposition takes.
 
         Raises:
             TypeError: another kind of layer.
@@ -102,34 +106,27 @@ class _FactorizedConv(FactorizedLayer):
             raise TypeError(
                 f"{name}: expected a torch.nn.{cls.dense_class.__name__}, got {type(conv).__name__}"
             )
-        if rank is None:
-            raise ValueError(f"{name}: rank is needed: an int, a tuple, a fraction or a rule")
         c: Any = conv
         if c.groups != 1:
             raise ValueError(f"{name}: groups must be 1, got {c.groups}")
         if c.padding_mode != "zeros":
             raise ValueError(f"{name}: padding_mode must be 'zeros', got {c.padding_mode!r}")
-        weight: Tensor = c.weight
-        chosen = get_format(format, cls.kind)
-        made = chosen.from_dense(weight, resolve(rank, weight.shape, format, weight), **options)
-        layer = cls._around(c.in_channels, c.out_channels, c, made.rank, format, bias=c.bias is not None)
+        made = decomposed(name, c.weight, format, cls.kind, rank, options)
+        layer = cls(
+            c.in_channels,
+            c.out_channels,
+            c.kernel_size,
+            c.stride,
+            c.padding,
+            c.dilation,
+            bias=c.bias is not None,
+            format=format,
+            rank=made.rank,
+            device="meta",
+            **made.structure,
+        )
         layer._take_dense(conv, made)
         return layer
-
-    @classmethod
-    def _around(cls, c_in: int, c_out: int, like: Any, rank: Any, format: str, bias: bool) -> Self:
-        return cls(
-            c_in,
-            c_out,
-            like.kernel_size,
-            like.stride,
-            like.padding,
-            like.dilation,
-            bias=bias,
-            format=format,
-            rank=rank,
-            device="meta",
-        )
 
     @property
     def input_form(self) -> str:
@@ -151,38 +148,51 @@ class _FactorizedConv(FactorizedLayer):
         return x.unsqueeze(0) if x.dim() == self.spatial + 1 else x
 
     def to_dense(self) -> nn.Module:
-        dense = self._torch_conv(self.in_channels, self.out_channels, True, self.bias is not None)
-        return self._fill(dense, self.weight.to_dense())
+        weight = self.weight.to_dense()
+        return self._fill(self._torch_conv(weight, range(self.spatial), 1, self.bias is not None), weight)
 
     def to_sequential(self) -> nn.Sequential:
-        """Pointwise S -> R_in, spatial R_in -> R_out with this layer's geometry, pointwise R_out -> T."""
-        form = self.weight.lower()
-        assert isinstance(form, BottleneckConv)
-        ones = (1,) * self.spatial
-        first = self._torch_conv(form.point_in.shape[0], form.point_in.shape[1], False, False)
-        core = self._torch_conv(form.core.shape[1], form.core.shape[0], True, False)
-        last = self._torch_conv(
-            form.point_out.shape[1], form.point_out.shape[0], False, self.bias is not None
-        )
-        sequence = nn.Sequential(
-            self._fill(first, form.point_in.t().unflatten(1, (-1, *ones)), bias=False),
-            self._fill(core, form.core, bias=False),
-            self._fill(last, form.point_out.unflatten(1, (-1, *ones))),
-        )
+        """Standard convolutions, exact: three for Tucker-2, Tucker and TT, each with this layer's bias last.
+
+        CP has a depthwise convolution for every spatial dim between its pointwise ones. A tensor ring repeats
+        its core for every ring index, as a grouped convolution. TTM becomes a depthwise and a pointwise
+        convolution, or the dense one where that is less work.
+        """
+        parts = convolutions(self)
+        layers = []
+        for place, part in enumerate(parts):
+            last = place == len(parts) - 1
+            made = self._torch_conv(part.weight, part.along, part.groups, last and self.bias is not None)
+            layers.append(self._fill(made, part.weight, bias=last))
+        sequence = nn.Sequential(*layers)
         sequence.training = self.training
         return sequence
 
-    def _torch_conv(self, c_in: int, c_out: int, spatial: bool, bias: bool) -> nn.Module:
-        if not spatial:
-            return self.dense_class(c_in, c_out, 1, bias=bias, device="meta")
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return self.dense_class(c_in, c_out, *geometry, bias=bias, device="meta")
+    def _torch_conv(self, weight: Tensor, along: Sequence[int], groups: int, bias: bool) -> nn.Module:
+        """A torch.nn convolution for this weight, with this layer's geometry along some of its dims."""
+
+        def sizes(values: Sequence[int], other: int) -> tuple[int, ...]:
+            return tuple(values[dim] if dim in along else other for dim in range(self.spatial))
+
+        padding = self.padding if isinstance(self.padding, str) else sizes(self.padding, 0)
+        return self.dense_class(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            tuple(weight.shape[2:]),
+            sizes(self.stride, 1),
+            padding,
+            sizes(self.dilation, 1),
+            groups,
+            bias=bias,
+            device="meta",
+        )
 
     def config(self) -> dict[str, Any]:
         return {
             "type": type(self).__name__,
             "format": self.format,
             "rank": list(self.rank) if isinstance(self.rank, tuple) else self.rank,
+            "structure": self.weight.structure,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "kernel_size": list(self.kernel_size),
@@ -208,6 +218,7 @@ class _FactorizedConv(FactorizedLayer):
             rank=tuple(rank) if isinstance(rank, list) else rank,
             device=device,
             dtype=dtype_from_name(config["dtype"]),
+            **structure_of(config),
         )
 
     def extra_repr(self) -> str:
@@ -257,6 +268,8 @@ class FactorizedConv2d(_FactorizedConv):
         format: name of a format for convolutions.
         rank: int, tuple (tucker2: ``(R_out, R_in)``) or float in (0, 1], the fraction of the dense
             parameters.
+        in_modes, out_modes: modes of the input and output channels for formats that fold them; None for the
+            format's default.
 
     Cost: with Tucker-2 ``N (H W S R_in + H' W' (kH kW R_in R_out + R_out T))`` MACs.
 

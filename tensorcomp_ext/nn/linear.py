@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..formats import TwoFactor, get_format
 from ..plan import LinearGeometry
-from .base import FactorizedLayer, dtype_from_name, dtype_name, register_layer, resolve
+from .base import FactorizedLayer, decomposed, dtype_from_name, dtype_name, register_layer, structure_of
 from .conv import _check_match
+from .sequential import matrices
 
 
 @register_layer
@@ -25,7 +26,12 @@ class FactorizedLinear(FactorizedLayer):
     Args:
         in_features, out_features, bias: as in torch.nn.
         format: name of a format for linear layers.
-        rank: int, or float in (0, 1], the fraction of the dense parameters.
+        rank: int, tuple, or float in (0, 1], the fraction of the dense parameters.
+        in_modes, out_modes: modes into which input and output features are folded; None for the format's
+            default.
+        input_order: the order in which the in modes index the input features, row-major; None for their own.
+            With ``in_modes=(5, 5, 5, 10)`` for an image of height 5, width 5 and 50 channels, which torch
+            flattens channels first, it is ``(2, 3, 0, 1)``.
 
     Cost: with SVD ``rows R (in + out)`` MACs.
 
@@ -46,6 +52,9 @@ class FactorizedLinear(FactorizedLayer):
         *,
         format: str = "svd",
         rank: Any,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        input_order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         for argument, value in (("in_features", in_features), ("out_features", out_features)):
@@ -53,7 +62,14 @@ class FactorizedLinear(FactorizedLayer):
                 raise ValueError(f"FactorizedLinear: {argument} must be an int >= 1, got {value!r}")
         self.in_features, self.out_features = in_features, out_features
         self.geometry = LinearGeometry()
-        self.weight = self._make_weight((out_features, in_features), format, rank, device, dtype)
+        structure = {"in_modes": in_modes, "out_modes": out_modes, "input_order": input_order}
+        shape = (out_features, in_features)
+        self.weight = self._make_weight(shape, format, rank, device, dtype, structure)
+        rows = self.weight.structure.get("out_modes", [out_features])
+        if math.prod(rows) != out_features:
+            raise ValueError(
+                f"FactorizedLinear: out_modes must have the product {out_features}, got {list(rows)}"
+            )
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -66,9 +82,10 @@ class FactorizedLinear(FactorizedLayer):
         Bias, dtype, device, training flag and requires_grad are kept.
 
         Args:
-            rank: int, float in (0, 1] (fraction of the dense parameters) or a rule of
+            rank: int, tuple, float in (0, 1] (fraction of the dense parameters) or a rule of
                 ``tensorcomp_ext.ranks``.
-            options: passed to the format's ``from_dense``.
+            options: passed to the format's ``from_dense``: ``in_modes``, ``out_modes``, ``input_order``, and
+                what its decomposition takes.
 
         Raises:
             TypeError: another kind of layer.
@@ -77,12 +94,7 @@ class FactorizedLinear(FactorizedLayer):
         name = f"{cls.__name__}.from_linear"
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name}: expected a torch.nn.Linear, got {type(linear).__name__}")
-        if rank is None:
-            raise ValueError(f"{name}: rank is needed: an int, a fraction or a rule")
-        weight = linear.weight
-        made = get_format(format, cls.kind).from_dense(
-            weight, resolve(rank, weight.shape, format, weight), **options
-        )
+        made = decomposed(name, linear.weight, format, cls.kind, rank, options)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -90,6 +102,7 @@ class FactorizedLinear(FactorizedLayer):
             device="meta",
             format=format,
             rank=made.rank,
+            **made.structure,
         )
         layer._take_dense(linear, made)
         return layer
@@ -108,14 +121,19 @@ class FactorizedLinear(FactorizedLayer):
         return self._fill(dense, self.weight.to_dense())
 
     def to_sequential(self) -> nn.Sequential:
-        """Linear in -> R without bias, then R -> out."""
-        form = self.weight.lower()
-        assert isinstance(form, TwoFactor)
-        rank = form.a.shape[1]
-        sequence = nn.Sequential(
-            self._fill(nn.Linear(self.in_features, rank, bias=False, device="meta"), form.b, bias=False),
-            self._fill(nn.Linear(rank, self.out_features, bias=self.bias is not None, device="meta"), form.a),
-        )
+        """Linear in -> R without bias, then R -> out, exact.
+
+        CP, Tucker, TT and TR are merged to such a pair. One dense Linear where a pair is no less work, as for
+        TTM and TR-matrix, whose cores have input and output modes alike.
+        """
+        parts = matrices(self)
+        layers = []
+        for place, matrix in enumerate(parts):
+            last = place == len(parts) - 1
+            bias = last and self.bias is not None
+            made = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias, device="meta")
+            layers.append(self._fill(made, matrix, bias=last))
+        sequence = nn.Sequential(*layers)
         sequence.training = self.training
         return sequence
 
@@ -124,6 +142,7 @@ class FactorizedLinear(FactorizedLayer):
             "type": type(self).__name__,
             "format": self.format,
             "rank": list(self.rank) if isinstance(self.rank, tuple) else self.rank,
+            "structure": self.weight.structure,
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
@@ -141,6 +160,7 @@ class FactorizedLinear(FactorizedLayer):
             dtype_from_name(config["dtype"]),
             format=config["format"],
             rank=tuple(rank) if isinstance(rank, list) else rank,
+            **structure_of(config),
         )
 
     def extra_repr(self) -> str:

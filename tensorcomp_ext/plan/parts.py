@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import BottleneckConv
+from ..formats import BottleneckConv, Form
 from ..ops import Support
 from ..ops._conv_arguments import Geometry as Windows
 from ..ops.tucker2_conv import native_support, pack_tucker2, packed_geometry, resolve_geometry
@@ -27,9 +27,14 @@ class ConvParts(NamedTuple):
     """Stride, padding and dilation."""
 
 
+def is_plain(form: Form) -> bool:
+    """Whether this is a bottleneck convolution with a full core that no ring shares."""
+    return isinstance(form, BottleneckConv) and form.ring == 1 and not form.depthwise
+
+
 def is_bottleneck(layer: PlannedLayer) -> bool:
     """Whether the ops of bottleneck convolutions take this type of layer."""
-    return layer.geometry.spatial == 2 and isinstance(layer.weight.lower(), BottleneckConv)
+    return layer.geometry.spatial == 2 and is_plain(layer.weight.lower())
 
 
 def conv_parts(layer: PlannedLayer) -> ConvParts:

@@ -148,4 +148,4 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
         and fused.support(layer, case).ok
     ):
         return "fused"
-    return "staged"
+    return "staged" if "staged" in names else "dense"

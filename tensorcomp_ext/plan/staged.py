@@ -12,6 +12,7 @@ from .case import Case
 from .channels_last import channels_product, laid_out, takes_products, weight_layout
 from .geometry import Bound
 from .layer import PlannedLayer
+from .parts import is_plain
 
 
 @register_plan("staged")
@@ -22,7 +23,8 @@ class Staged(Plan):
     """
 
     def serves(self, layer: PlannedLayer) -> bool:
-        return True
+        form = layer.weight.lower()
+        return isinstance(form, TwoFactor) or is_plain(form)
 
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
         form, geometry = layer.weight.lower(), layer.geometry
