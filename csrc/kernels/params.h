@@ -8,15 +8,27 @@ namespace tensorcomp {
 
 enum class DType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
-// A convolution through a bottleneck: pointwise C_in -> R_in, spatial core R_in -> R_out, pointwise R_out -> C_out.
+// A convolution through a bottleneck: pointwise C_in -> ring R_in, for every ring index the same spatial core
+// R_in -> R_out, pointwise ring R_out -> C_out. Depthwise: rank_in == rank_out, and the core convolves each rank by
+// itself.
 struct BottleneckShape {
   DType dtype = DType::kFloat32;
-  int64_t c_in = 0, rank_in = 0, rank_out = 0, c_out = 0;
+  int64_t c_in = 0, rank_in = 0, rank_out = 0, c_out = 0;  // the ranks are the core's
   int64_t kernel_h = 1, kernel_w = 1;
+  int64_t ring = 1;  // 1 where depthwise
+  bool depthwise = false;
+
+  // Rank channels between the stages.
+  int64_t mid() const { return ring * rank_in; }
+  int64_t out() const { return ring * rank_out; }
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t core_elements() const { return taps() * rank_out * (depthwise ? 1 : rank_in); }
+  // Multiply-adds of the core an output pixel.
+  int64_t core_macs() const { return ring * core_elements(); }
 };
 
-// Dense weights in torch's order: core [rank_out, rank_in, kernel_h, kernel_w], factor_out [c_out, rank_out],
-// factor_in [c_in, rank_in], all contiguous.
+// Dense weights in torch's order: core [rank_out, rank_in or 1, kernel_h, kernel_w], factor_out
+// [c_out, ring rank_out], factor_in [c_in, ring rank_in], all contiguous.
 struct BottleneckWeights {
   const void* core = nullptr;
   const void* factor_out = nullptr;
@@ -39,10 +51,12 @@ struct BottleneckConvParams {
   Strides4 x_strides;
   void* y = nullptr;  // dense: channels-last where y_strides.c == 1, else contiguous
   Strides4 y_strides;
-  const void* packed = nullptr;  // what the table's pack or pack_for function wrote
-  bool packed_whole = false;     // pack, which serves any problem of this shape
-  const void* bias = nullptr;    // [c_out] in the dtype of x, or null
-  void* scratch = nullptr;       // scratch_bytes() of the plan, 64-byte aligned
+  const void* packed = nullptr;    // what the table's pack or pack_for function wrote
+  bool packed_whole = false;       // pack, which serves any problem of this shape
+  const void* bias = nullptr;      // [c_out] in the dtype of x, or null
+  const void* residual = nullptr;  // added to y, with its strides and dtype; or null
+  bool relu = false;               // negative results become zero, after everything is added
+  void* scratch = nullptr;         // scratch_bytes() of the plan, 64-byte aligned
 };
 
 // How one call is cut: `phases` runs of `parts` independent pieces each, all pieces of a phase before the

@@ -69,13 +69,17 @@ struct Case {
   int64_t batch, c_in, height, width, rank_in, rank_out, c_out, kernel_h, kernel_w;
   int64_t stride_h = 1, stride_w = 1, pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
   int64_t dilation_h = 1, dilation_w = 1;
+  int64_t ring = 1;
+  bool depthwise = false;  // rank_in == rank_out then
+
+  int64_t core_elements() const { return rank_out * (depthwise ? 1 : rank_in) * kernel_h * kernel_w; }
 };
 
 struct Problem {
   Problem(const Case& c, DType dtype, Layout layout, bool with_bias, unsigned seed = 1)
-      : core(dtype, c.rank_out * c.rank_in * c.kernel_h * c.kernel_w),
-        factor_out(dtype, c.c_out * c.rank_out),
-        factor_in(dtype, c.c_in * c.rank_in),
+      : core(dtype, c.core_elements()),
+        factor_out(dtype, c.c_out * c.ring * c.rank_out),
+        factor_in(dtype, c.c_in * c.ring * c.rank_in),
         bias(dtype, c.c_out),
         x(dtype, input_elements(c, layout)) {
     std::mt19937 generator(seed);
@@ -83,12 +87,12 @@ struct Problem {
     const auto fill = [&](Array& array, int64_t count) {
       for (int64_t i = 0; i < count; ++i) array.set(i, normal(generator));
     };
-    fill(core, c.rank_out * c.rank_in * c.kernel_h * c.kernel_w);
-    fill(factor_out, c.c_out * c.rank_out);
-    fill(factor_in, c.c_in * c.rank_in);
+    fill(core, c.core_elements());
+    fill(factor_out, c.c_out * c.ring * c.rank_out);
+    fill(factor_in, c.c_in * c.ring * c.rank_in);
     fill(bias, c.c_out);
     fill(x, input_elements(c, layout));
-    params.shape = {dtype, c.c_in, c.rank_in, c.rank_out, c.c_out, c.kernel_h, c.kernel_w};
+    params.shape = {dtype, c.c_in, c.rank_in, c.rank_out, c.c_out, c.kernel_h, c.kernel_w, c.ring, c.depthwise};
     params.batch = c.batch;
     params.height = c.height;
     params.width = c.width;
@@ -136,40 +140,43 @@ struct Problem {
 inline std::vector<double> Problem::expected() const {
   const BottleneckConvParams& p = params;
   const BottleneckShape& s = p.shape;
-  // u [N, H, W, R_in]
-  std::vector<double> u(p.batch * p.height * p.width * s.rank_in);
+  // u [N, H, W, ring R_in]
+  const int64_t mid = s.mid(), out = s.out(), inner = s.depthwise ? 1 : s.rank_in;
+  std::vector<double> u(p.batch * p.height * p.width * mid);
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t h = 0; h < p.height; ++h)
       for (int64_t w = 0; w < p.width; ++w)
-        for (int64_t a = 0; a < s.rank_in; ++a) {
+        for (int64_t a = 0; a < mid; ++a) {
           double sum = 0;
           for (int64_t c = 0; c < s.c_in; ++c) {
             sum += x[n * p.x_strides.n + c * p.x_strides.c + h * p.x_strides.h + w * p.x_strides.w] *
-                   factor_in[c * s.rank_in + a];
+                   factor_in[c * mid + a];
           }
-          u[((n * p.height + h) * p.width + w) * s.rank_in + a] = sum;
+          u[((n * p.height + h) * p.width + w) * mid + a] = sum;
         }
   std::vector<double> y(output_elements());
-  std::vector<double> v(s.rank_out);
+  std::vector<double> v(out);
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t oh = 0; oh < p.out_height; ++oh)
       for (int64_t ow = 0; ow < p.out_width; ++ow) {
-        for (int64_t b = 0; b < s.rank_out; ++b) {
+        for (int64_t b = 0; b < out; ++b) {
+          // Ranks of one ring index, or the rank itself.
+          const int64_t first = s.depthwise ? b : b / s.rank_out * s.rank_in, row = b % s.rank_out;
           v[b] = 0;
           for (int64_t kh = 0; kh < s.kernel_h; ++kh)
             for (int64_t kw = 0; kw < s.kernel_w; ++kw) {
               const int64_t h = oh * p.stride_h - p.pad_top + kh * p.dilation_h;
               const int64_t w = ow * p.stride_w - p.pad_left + kw * p.dilation_w;
               if (h < 0 || h >= p.height || w < 0 || w >= p.width) continue;
-              for (int64_t a = 0; a < s.rank_in; ++a) {
-                v[b] += u[((n * p.height + h) * p.width + w) * s.rank_in + a] *
-                        core[((b * s.rank_in + a) * s.kernel_h + kh) * s.kernel_w + kw];
+              for (int64_t a = 0; a < inner; ++a) {
+                v[b] += u[((n * p.height + h) * p.width + w) * mid + first + a] *
+                        core[((row * inner + a) * s.kernel_h + kh) * s.kernel_w + kw];
               }
             }
         }
         for (int64_t t = 0; t < s.c_out; ++t) {
           double sum = p.bias ? bias[t] : 0.0;
-          for (int64_t b = 0; b < s.rank_out; ++b) sum += v[b] * factor_out[t * s.rank_out + b];
+          for (int64_t b = 0; b < out; ++b) sum += v[b] * factor_out[t * out + b];
           y[n * p.y_strides.n + t * p.y_strides.c + oh * p.y_strides.h + ow * p.y_strides.w] = sum;
         }
       }
@@ -183,7 +190,7 @@ inline double relative_error(const Array& y, const std::vector<double>& expected
     difference += d * d;
     norm += expected[i] * expected[i];
   }
-  const double error = std::sqrt(difference / norm);
+  const double error = norm > 0 ? std::sqrt(difference / norm) : difference;
   // A NaN must fail, and does not compare.
   return error == error ? error : 1e30;
 }

@@ -21,6 +21,17 @@ const Case kCases[] = {
     {1, 6, 15, 15, 7, 5, 8, 3, 3, 1, 1, 2, 2, 3, 3, 2, 3},
     {1, 5, 6, 20, 3, 12, 7, 2, 4, 1, 1, 0, 1, 1, 2},
     {3, 33, 7, 7, 31, 39, 65, 3, 3, 1, 1, 1, 1, 1, 1},
+    // Rings.
+    {2, 7, 9, 32, 10, 10, 9, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 10},
+    {2, 17, 8, 9, 3, 5, 33, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 3},
+    {1, 8, 11, 13, 17, 19, 9, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 2},
+    {1, 6, 15, 15, 7, 5, 8, 3, 3, 1, 1, 2, 2, 3, 3, 2, 3, 2},
+    {2, 7, 10, 6, 1, 1, 5, 1, 1, 3, 2, 0, 0, 0, 0, 1, 1, 3},
+    // Depthwise cores.
+    {2, 17, 8, 9, 17, 17, 33, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, true},
+    {1, 8, 11, 13, 33, 33, 9, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, true},
+    {1, 6, 15, 40, 7, 7, 8, 3, 3, 1, 1, 2, 2, 3, 3, 2, 3, 1, true},
+    {3, 33, 7, 7, 64, 64, 65, 5, 2, 1, 1, 2, 2, 1, 0, 1, 1, 1, true},
 };
 
 enum Argument { kX, kCore, kFactorOut, kFactorIn, kArguments };
@@ -42,8 +53,8 @@ void check_case(const Case& c, DType dtype, Layout layout, const char* name) {
   Problem problem(c, dtype, layout, false);
   const BottleneckConvParams& p = problem.params;
   const BottleneckShape& s = p.shape;
-  const int64_t counts[] = {p.batch * s.c_in * p.height * p.width, s.rank_out * s.rank_in * s.kernel_h * s.kernel_w,
-                            s.c_out * s.rank_out, s.c_in * s.rank_in};
+  const int64_t counts[] = {p.batch * s.c_in * p.height * p.width, s.core_elements(), s.c_out * s.out(),
+                            s.c_in * s.mid()};
   Array grad_y(dtype, problem.output_elements());
   std::mt19937 generator(7);
   std::normal_distribution<float> normal;
@@ -97,8 +108,9 @@ void check_case(const Case& c, DType dtype, Layout layout, const char* name) {
       for (size_t i = 0; i < y.size(); ++i) expected += y[i] * grad_y[static_cast<int64_t>(i)];
       const double error = std::fabs(found - expected) / std::sqrt(gradient_norm * direction_norm);
       char text[160];
-      std::snprintf(text, sizeof text, "gradient of %s, %s, layout %d, rank_in %d, %d threads: %.2e", kNames[which],
-                    name, static_cast<int>(layout), static_cast<int>(s.rank_in), static_cast<int>(threads), error);
+      std::snprintf(text, sizeof text, "gradient of %s, %s, layout %d, rank_in %d, ring %d, %d threads: %.2e",
+                    kNames[which], name, static_cast<int>(layout), static_cast<int>(s.rank_in),
+                    static_cast<int>(s.ring), static_cast<int>(threads), error);
       subject() = text;
       CHECK(error < tolerance);
       subject() = "";

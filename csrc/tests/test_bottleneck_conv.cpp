@@ -59,6 +59,20 @@ const Case kCases[] = {
     {1, 3, 9, 2, 2, 2, 3, 7, 1, 2, 1, 3, 3, 0, 0},
     {5, 10, 4, 4, 40, 36, 12, 3, 3, 1, 1, 1, 1, 1, 1},
     {1, 129, 4, 5, 48, 64, 131, 3, 3, 1, 1, 1, 1, 1, 1},
+    // Rings.
+    {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 2},
+    {1, 16, 9, 32, 10, 10, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 10},
+    {2, 17, 8, 9, 3, 5, 33, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 3},
+    {1, 8, 11, 13, 5, 7, 9, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 2},
+    {2, 6, 15, 15, 15, 14, 8, 3, 3, 1, 1, 2, 2, 3, 3, 2, 3, 3},
+    {1, 5, 6, 20, 1, 1, 7, 2, 4, 1, 3, 0, 1, 1, 2, 1, 1, 3},
+    // Depthwise cores.
+    {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, true},
+    {2, 17, 8, 9, 17, 17, 33, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, true},
+    {1, 8, 11, 13, 33, 33, 9, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, true},
+    {1, 6, 15, 40, 7, 7, 8, 3, 3, 1, 1, 2, 2, 3, 3, 2, 3, 1, true},
+    {3, 33, 7, 7, 64, 64, 65, 5, 2, 1, 1, 2, 2, 1, 0, 1, 1, 1, true},
+    {1, 3, 9, 2, 129, 129, 3, 7, 1, 2, 1, 3, 3, 0, 0, 1, 1, 1, true},
 };
 
 void test_matches_loops() {
@@ -70,7 +84,17 @@ void test_matches_loops() {
     for (const Case& c : kCases) {
       for (const Layout layout : {Layout::kContiguous, Layout::kChannelsLast, Layout::kSlice}) {
         Problem problem(c, dtype, layout, index % 2 == 0);
-        const std::vector<double> expected = problem.expected();
+        std::vector<double> expected = problem.expected();
+        Array residual(dtype, problem.output_elements());
+        std::mt19937 generator(5);
+        std::normal_distribution<float> normal;
+        for (int64_t i = 0; i < problem.output_elements(); ++i) residual.set(i, normal(generator));
+        problem.params.residual = index % 3 == 0 ? residual.get() : nullptr;
+        problem.params.relu = index % 4 < 2;
+        for (size_t i = 0; i < expected.size(); ++i) {
+          if (problem.params.residual) expected[i] += residual[static_cast<int64_t>(i)];
+          if (problem.params.relu && expected[i] < 0) expected[i] = 0;
+        }
         for (const std::string& name : names) {
           tensorcomp_set_isa_cap(name.c_str());
           for (const int64_t threads : {1, 2, 3}) {

@@ -1,8 +1,8 @@
 """Bottleneck convolution, what Tucker-2, CP and tensor-ring convolutions lower to.
 
-CUDA float32, float16 and bfloat16 are served by ``csrc/ops/cuda``. On the CPU a problem without ring and with
-a full core is a Tucker-2 convolution and runs as one. The oracle serves the rest, and :func:`native_support`
-says why.
+The native libraries serve CPU float32 and bfloat16 (``csrc/ops/bottleneck_conv.cpp``) and CUDA float32,
+float16 and bfloat16 (``csrc/ops/cuda``); the oracle serves the rest, and :func:`native_support` says why.
+A problem without a ring and with a full core is a Tucker-2 convolution and runs as one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,17 @@ from ._register import (
 )
 from ._transforms import transformed
 from ._tucker2_conv_autograd import AUTOGRAD as _TUCKER2
+from .bottleneck_packed import bind_packed_bottleneck, bottleneck_geometry, pack_bottleneck
+
+__all__ = [
+    "bind_packed_bottleneck",
+    "bottleneck_conv2d",
+    "bottleneck_geometry",
+    "differentiable_bottleneck",
+    "native_support",
+    "pack_bottleneck",
+    "run",
+]
 
 _NAME = "bottleneck_conv2d"
 _OPS = torch.ops.tensorcomp
@@ -63,14 +74,10 @@ def native_support(
     depthwise: bool = False,
 ) -> Support:
     """Whether a native kernel takes this problem, and the reason when it does not."""
-    if ring == 1 and not depthwise:
-        return tucker2_conv.native_support(x, core, factor_out, factor_in, bias, stride, padding, dilation)
     if x.is_cuda:
         return _cuda.bottleneck_support(x, core, stride, dilation, ring, depthwise)
-    if x.is_cpu:
-        form = "depthwise cores" if depthwise else f"ring={ring}"
-        return Support(False, f"the native CPU kernel takes full cores without a ring, not {form}")
-    return Support(False, f"there is no native {_NAME} for device {x.device.type!r}")
+    # Of the CPU, and of devices without a kernel: what the core is like makes no difference there.
+    return tucker2_conv.native_support(x, core, factor_out, factor_in, bias, stride, padding, dilation, _NAME)
 
 
 def bottleneck_conv2d(
@@ -162,7 +169,7 @@ def run(
             autograd = _AUTOGRAD
             if form == (1, False):
                 op, autograd, form = _OPS.tucker2_conv2d.default, _TUCKER2, ()
-            options = (*form, convolution_tf32(x))
+            options = form if x.is_cpu else (*form, convolution_tf32(x))
             if _is_compiling():
                 return op(*tensors, *geometry, *options)
             if not transformed():
@@ -180,7 +187,6 @@ def run(
 # --- registration ---
 
 _oracle = default_forward(reference.bottleneck_conv2d, 2)
-_oracle_backward = default_backward(_AUTOGRAD.gradients)
 
 
 def _form(ring: int = 1, depthwise: bool = False, allow_tf32: bool = False) -> tuple[int, bool]:
@@ -188,20 +194,8 @@ def _form(ring: int = 1, depthwise: bool = False, allow_tf32: bool = False) -> t
     return ring, depthwise
 
 
-def _forward(x: Tensor, *others: Any) -> Tensor:
-    if x.is_cpu and _form(*others[7:]) == (1, False):
-        return _OPS.tucker2_conv2d.default(x, *others[:7])
-    return _oracle(x, *others)
-
-
-def _backward(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    if x.is_cpu and _form(*others[7:]) == (1, False):
-        return _OPS.tucker2_conv2d_backward.default(grad, x, *others[:7])
-    return _oracle_backward(grad, x, *others)
-
-
-register_default(_NAME, _forward, fake_forward(_NAME, _form))
-register_default(f"{_NAME}_backward", _backward, fake_backward)
+register_default(_NAME, _oracle, fake_forward(_NAME, _form))
+register_default(f"{_NAME}_backward", default_backward(_AUTOGRAD.gradients), fake_backward)
 register_autograd(_NAME, _AUTOGRAD.kernel)
 register_autocast(_NAME, tensors=5)
 fallthrough_autograd(f"{_NAME}_backward")

@@ -50,6 +50,7 @@ def native_support(
     stride: IntOrPair = 1,
     padding: IntOrPair | str = 0,
     dilation: IntOrPair = 1,
+    name: str = _NAME,
 ) -> Support:
     """Whether the native kernel takes this problem, and the reason when it does not."""
     if x.is_cpu:
@@ -59,7 +60,7 @@ def native_support(
         return loaded
     if x.is_cuda:
         return _cuda.bottleneck_support(x, core, stride, dilation)
-    return Support(False, f"there is no native {_NAME} for device {x.device.type!r}")
+    return Support(False, f"there is no native {name} for device {x.device.type!r}")
 
 
 def tucker2_conv2d(

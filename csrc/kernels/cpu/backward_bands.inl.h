@@ -31,7 +31,7 @@ class ColumnBands : public BackwardStages<T> {
 
   void fill_z(const ImageRows& x, int64_t rows, int64_t row) {
     for (int64_t r = row; r < row + rows; ++r) this->clear_sides_of_z(z(r));
-    if (g_.z_used > 0) this->enter_z(x, rows, z(row) + p_.pad_left * s_.rank_in, 0, 1);
+    if (g_.z_used > 0) this->enter_z(x, rows, z(row) + p_.pad_left * s_.mid(), 0, 1);
   }
 
   void fill_dv(const ImageRows& y, int64_t rows, int64_t row) {
@@ -42,8 +42,8 @@ class ColumnBands : public BackwardStages<T> {
   void band_v(int64_t rows, const Prefetch& next) { this->make_v(z(0), rows, own_ + g_.v, next, 0, 1); }
 
   void add_out(const ImageRows& y, int64_t rows, bool add) {
-    accumulate(y, 1, rows, p_.out_width, s_.c_out, own_ + g_.v, p_.out_width * s_.rank_out, 0, s_.rank_out,
-               own_ + g_.sum_out, add, rows_a_, rows_b_);
+    accumulate(y, 1, rows, p_.out_width, s_.c_out, own_ + g_.v, p_.out_width * s_.out(), 0, s_.out(), own_ + g_.sum_out,
+               add, rows_a_, rows_b_);
   }
 
   void add_core(int64_t dv_row, int64_t rows, bool add) {
@@ -52,23 +52,24 @@ class ColumnBands : public BackwardStages<T> {
 
   // Input row i of dZ into row `row` of the band's.
   void band_dz(int64_t i, int64_t row, int64_t dv_top, const Prefetch& next, const Prefetch& target) {
-    this->make_dz(dv(0), dv_top, i, 1, own_ + g_.dz + row * p_.width * s_.rank_in, next, target, 0, 1);
+    this->make_dz(dv(0), dv_top, i, 1, own_ + g_.dz + row * p_.width * s_.mid(), next, target, 0, 1);
   }
 
   void band_leave(int64_t n, int64_t i0, int64_t i1) { this->leave(n, i0, i1, own_ + g_.dz, 0, 1); }
 
   void add_in(const ImageRows& x, int64_t rows, bool add) {
-    accumulate(x, 1, rows, p_.width, s_.c_in, own_ + g_.dz, p_.width * s_.rank_in, 0, s_.rank_in, own_ + g_.sum_in, add,
+    accumulate(x, 1, rows, p_.width, s_.c_in, own_ + g_.dz, p_.width * s_.mid(), 0, s_.mid(), own_ + g_.sum_in, add,
                rows_a_, rows_b_);
   }
 
-  void write_out() { this->write_share(g_.sum_out, s_.c_out * s_.rank_out, q_.grad_factor_out); }
-  void write_in() { this->write_share(g_.sum_in, s_.c_in * s_.rank_in, q_.grad_factor_in); }
+  void write_out() { this->write_share(g_.sum_out, s_.c_out * s_.out(), q_.grad_factor_out); }
+  void write_in() { this->write_share(g_.sum_in, s_.c_in * s_.mid(), q_.grad_factor_in); }
 
   void write_core_share() {
     const int64_t first = this->share(s_.rank_in, 0), last = this->share(s_.rank_in, 1);
+    const int64_t inner = s_.depthwise ? 1 : s_.rank_out;
     for (int64_t t = 0; t < s_.kernel_h * s_.kernel_w; ++t)
-      this->add_parts(g_.sum_core + (t * s_.rank_in + first) * s_.rank_out, (last - first) * s_.rank_out);
+      this->add_parts(g_.sum_core + (t * s_.rank_in + first) * inner, (last - first) * inner);
     this->write_core(this->first_sums() + g_.sum_core, first, last);
   }
 };
@@ -90,9 +91,9 @@ class BackwardBands : public Stages {
       begin += last - first;
     }
     // The first product of each sum overwrites what the memory held; sums that had none are cleared.
-    if (q_.grad_core && !added_.core) clear(own_ + g_.sum_core, s_.kernel_h * s_.kernel_w * s_.rank_in * s_.rank_out);
-    if (q_.grad_factor_out && !added_.out) clear(own_ + g_.sum_out, s_.c_out * s_.rank_out);
-    if (q_.grad_factor_in && !added_.in) clear(own_ + g_.sum_in, s_.c_in * s_.rank_in);
+    if (q_.grad_core && !added_.core) clear(own_ + g_.sum_core, s_.core_elements());
+    if (q_.grad_factor_out && !added_.out) clear(own_ + g_.sum_out, s_.c_out * s_.out());
+    if (q_.grad_factor_in && !added_.in) clear(own_ + g_.sum_in, s_.c_in * s_.mid());
   }
 
   // Adds up the parts' sums, in their order, and writes an even share of the weight gradients.

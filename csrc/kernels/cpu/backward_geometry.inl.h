@@ -4,7 +4,8 @@
 struct BackwardGeometry {
   bool x_rows, y_rows;      // pixels lie together in x, in grad_y
   bool gather_x, gather_y;  // copied to dense float32 rows first
-  bool need_z, need_v, need_dv, need_dz, merged;
+  bool need_z, need_v, need_dv, need_dz;
+  bool merged_z, merged;  // taps of a kernel row are neighbours in Z; in dV too
   bool core_rows;         // bands work on [rank][pixel] (RowBands)
   bool narrow;            // weights and data are widened first
   bool whole;             // whole images at a time, every stage cut among the parts; else each part has its rows
@@ -16,6 +17,7 @@ struct BackwardGeometry {
   int64_t dv_left, dv_above, dv_width, dv_row, dv_rows;
   // Where bands work on [rank][pixel]: words between ranks, and a row of Z.
   int64_t z_pitch, dv_pitch, v_pitch, dz_pitch, zr_row;
+  int64_t row_slots;         // entries of a table of rows
   int64_t in_band;           // input rows finished in a step, at most
   int64_t x_block, y_block;  // rows of a product where pixels lie together
   int64_t flat_pitch;        // its pixels, padded
@@ -44,8 +46,8 @@ inline void choose_whole(const BottleneckConvParams& p, BackwardGeometry& g) {
   constexpr int64_t kWordsTogether = 256 * 1024;  // rank-space data of a group, shared by all parts
   constexpr int64_t kHeavyWeights = 64 * 1024;
   const int64_t pixels = p.out_height * p.out_width;
-  const int64_t image = g.z_image() + g.dv_image() + pixels * s.rank_out + p.height * p.width * s.rank_in;
-  const int64_t weights = s.kernel_h * s.kernel_w * s.rank_in * s.rank_out + s.c_in * s.rank_in + s.c_out * s.rank_out;
+  const int64_t image = g.z_image() + g.dv_image() + pixels * s.out() + p.height * p.width * s.mid();
+  const int64_t weights = s.core_elements() + s.c_in * s.mid() + s.c_out * s.out();
   const bool few_rows = g.threads > 1 && p.batch * p.out_height < 8 * g.threads;
   g.whole = image > 0 && image <= kWordsTogether && (few_rows || weights > kHeavyWeights);
   if (!g.whole) return;
@@ -61,24 +63,26 @@ inline void choose_rows(const BottleneckConvParams& p, BackwardGeometry& g) {
   constexpr double kTranspose = 6.0;   // lanes a word, as in the forward pass
   constexpr double kProduct = 1600.0;  // lanes' worth of time that a product costs beside its tiles
   const auto number = [](int64_t n) { return static_cast<double>(n); };
-  const double taps = number(s.kernel_h * s.kernel_w), width = number(p.out_width);
+  const double ring = number(s.ring), taps = number(s.taps()), width = number(p.out_width);
   const double a = number(s.rank_in), b = number(s.rank_out), c_in = number(s.c_in), c_out = number(s.c_out);
+  const double mid = number(s.mid()), out = number(s.out());
   const int64_t across = g.merged ? s.kernel_w : 1;
   // V, the core's gradient, dZ; then what enters from pixels that lie together, or a factor's gradient from channels.
-  double columns = taps * (2 * a * lane_cost(s.rank_out) + b * lane_cost(s.rank_in));
-  columns += g.x_rows ? c_in * lane_cost(s.rank_in) + kTranspose * 2 * a : c_in * (lane_cost(s.rank_in) - a);
-  columns += g.y_rows ? c_out * lane_cost(s.rank_out) + kTranspose * b : c_out * (lane_cost(s.rank_out) - b);
+  double columns = ring * taps * (2 * a * lane_cost(s.rank_out) + b * lane_cost(s.rank_in));
+  columns += g.x_rows ? c_in * lane_cost(s.mid()) + kTranspose * 2 * mid : c_in * (lane_cost(s.mid()) - mid);
+  columns += g.y_rows ? c_out * lane_cost(s.out()) + kTranspose * out : c_out * (lane_cost(s.out()) - out);
   double rows =
-      taps * (2 * a * b * lane_cost(p.out_width) / width + b * lane_cost(across * s.rank_in) / number(across));
-  rows += (g.x_rows ? c_in * a : 0) + (g.y_rows ? c_out * b : 0) + kTranspose * (2 * a + b) + 2 * kProduct / width;
-  g.core_rows = !g.whole && p.stride_w == 1 && rows < columns;
+      ring * taps * (2 * a * b * lane_cost(p.out_width) / width + b * lane_cost(across * s.rank_in) / number(across));
+  rows += (g.x_rows ? c_in * mid : 0) + (g.y_rows ? c_out * out : 0) + kTranspose * (2 * mid + out);
+  rows += 2 * ring * kProduct / width;
+  g.core_rows = !g.whole && p.stride_w == 1 && !s.depthwise && rows < columns;
   if (!g.core_rows) return;
   // Not a multiple of half a kilobyte, lest lines fall on one set of the cache.
   const auto pitch = [](int64_t words) { return round_up(words, 16) + (round_up(words, 16) % 128 == 0 ? 16 : 0); };
   g.z_pitch = pitch(g.z_width);
-  g.zr_row = s.rank_in * g.z_pitch;
+  g.zr_row = s.mid() * g.z_pitch;
   g.dv_pitch = pitch(g.dv_width);
-  g.dv_row = s.rank_out * g.dv_pitch;
+  g.dv_row = s.out() * g.dv_pitch;
 }
 
 template <class T>
@@ -102,16 +106,17 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   g.z_width = (p.out_width - 1) * p.stride_w + p.dilation_w * (s.kernel_w - 1) + 1;
   const int64_t room = g.z_width - p.pad_left;
   g.z_used = room < 0 ? 0 : room < p.width ? room : p.width;
-  g.z_row = round_up(g.z_width * s.rank_in, 16);
+  g.z_row = round_up(g.z_width * s.mid(), 16);
   // Output pixels that touch an input pixel, from the first column's to the last column's; rows likewise.
   const int64_t first = floor_div(p.pad_left - p.dilation_w * (s.kernel_w - 1), p.stride_w);
   const int64_t last = floor_div(p.width - 1 + p.pad_left, p.stride_w);
   g.dv_left = first < 0 ? -first : 0;
   g.dv_width = g.dv_left + (last + 1 > p.out_width ? last + 1 : p.out_width);
-  g.dv_row = round_up(g.dv_width * s.rank_out, 16);
+  g.dv_row = round_up(g.dv_width * s.out(), 16);
   const int64_t first_row = floor_div(p.pad_top - p.dilation_h * (s.kernel_h - 1), p.stride_h);
   const int64_t last_row = floor_div(p.height - 1 + p.pad_top, p.stride_h);
-  g.merged = p.stride_w == 1 && p.dilation_w == 1;
+  g.merged_z = p.dilation_w == 1 && s.ring == 1;
+  g.merged = g.merged_z && p.stride_w == 1;
 
   g.band = p.out_height;
   g.in_band = p.height;
@@ -123,12 +128,12 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   if (!g.whole) {
     g.group = g.groups = 1;
     g.dv_above = 0;
-    // A band's data: larger ones were not faster, and take more scratch.
-    constexpr int64_t kBandWords = 48 * 1024;
+    // A band's data: larger ones were not faster, and take more scratch. A ring's rows are long, its sums small.
+    const int64_t band_words = (s.ring > 1 ? 96 : 48) * 1024;
     const int64_t forms = g.core_rows ? 4 : 2;
     const int64_t row_words =
-        p.width * p.stride_h * (s.c_in + forms * s.rank_in) + p.out_width * (s.c_out + forms * s.rank_out);
-    g.band = kBandWords / (row_words > 0 ? row_words : 1);
+        p.width * p.stride_h * (s.c_in + forms * s.mid()) + p.out_width * (s.c_out + forms * s.out());
+    g.band = band_words / (row_words > 0 ? row_words : 1);
     if (g.band < 1) g.band = 1;
     if (g.band > p.out_height) g.band = p.out_height;
     g.z_rows = (g.band - 1) * p.stride_h + g.halo;
@@ -161,12 +166,12 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   // A line of V or dZ a rank; vectors are stored whole.
   g.v_pitch = round_up(g.band * p.out_width, 16) + 32;
   g.dz_pitch = round_up(g.in_band * p.width, 16) + 32;
-  const int64_t kernel = s.kernel_h * s.kernel_w, rank = s.rank_in > s.rank_out ? s.rank_in : s.rank_out;
+  const int64_t kernel = s.kernel_h * s.kernel_w, rank = s.mid() > s.out() ? s.mid() : s.out();
   const int64_t z = g.need_z ? g.group * g.z_image() + 64 : 0, dv = g.need_dv ? g.group * g.dv_image() + 64 : 0;
-  const int64_t v = g.need_v ? g.group * (g.core_rows ? g.v_pitch : g.band * p.out_width) * s.rank_out + 64 : 0;
-  int64_t dz = g.need_dz ? g.group * (g.core_rows ? g.dz_pitch : g.in_band * p.width) * s.rank_in + 64 : 0;
+  const int64_t v = g.need_v ? g.group * (g.core_rows ? g.v_pitch : g.band * p.out_width) * s.out() + 64 : 0;
+  int64_t dz = g.need_dz ? g.group * (g.core_rows ? g.dz_pitch : g.in_band * p.width) * s.mid() + 64 : 0;
   // dV and V on their way between the two forms lie where dZ will, dZ itself beside it.
-  const int64_t on_the_way = g.core_rows && (g.need_dv || g.need_v) ? g.dv_rows * p.out_width * s.rank_out + 64 : 0;
+  const int64_t on_the_way = g.core_rows && (g.need_dv || g.need_v) ? g.dv_rows * p.out_width * s.out() + 64 : 0;
   if (dz < on_the_way) dz = on_the_way;
   const int64_t x_rows = g.whole ? p.height : g.z_rows > g.in_band ? g.z_rows : g.in_band;
   const int64_t y_rows = g.whole ? p.out_height : g.dv_rows;
@@ -182,17 +187,21 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
   };
   // Sums that are not written straight to the results: all but the core's lie in torch's order.
   const auto take_sums = [&](bool all) {
-    g.sum_core = take(q.grad_core ? kernel * s.rank_in * s.rank_out : 0);
-    g.sum_out = take(all && q.grad_factor_out ? s.c_out * s.rank_out : 0);
-    g.sum_in = take(all && q.grad_factor_in ? s.c_in * s.rank_in : 0);
+    g.sum_core = take(q.grad_core ? s.core_elements() : 0);
+    g.sum_out = take(all && q.grad_factor_out ? s.c_out * s.out() : 0);
+    g.sum_in = take(all && q.grad_factor_in ? s.c_in * s.mid() : 0);
     g.sum_bias = take(all && q.grad_bias ? s.c_out : 0);
   };
-  g.wide_in = take(T::kNarrow ? s.c_in * s.rank_in : 0);
-  g.wide_core = take(T::kNarrow ? kernel * s.rank_in * s.rank_out : 0);
-  g.wide_out = take(T::kNarrow ? s.c_out * s.rank_out : 0);
-  g.core = take(g.need_v ? kernel * s.rank_in * padded_columns(s.rank_out) : 0);
-  g.core_back = take(g.need_dz ? kernel * s.rank_out * padded_columns(s.rank_in) : 0);
-  g.x_columns = take(q.grad_x && q.grad_x_strides.c == 1 ? s.rank_in * padded_columns(s.c_in) : 0);
+  g.wide_in = take(T::kNarrow ? s.c_in * s.mid() : 0);
+  g.wide_core = take(T::kNarrow ? s.core_elements() : 0);
+  g.wide_out = take(T::kNarrow ? s.c_out * s.out() : 0);
+  if (s.depthwise) {
+    g.core = g.core_back = take(kernel * whole_vectors(s.rank_in));
+  } else {
+    g.core = take(g.need_v ? kernel * s.rank_in * padded_columns(s.rank_out) : 0);
+    g.core_back = take(g.need_dz ? kernel * s.rank_out * padded_columns(s.rank_in) : 0);
+  }
+  g.x_columns = take(q.grad_x && q.grad_x_strides.c == 1 ? s.mid() * padded_columns(s.c_in) : 0);
   if (g.whole) {
     take_activations();
     take_sums(T::kNarrow);
@@ -201,13 +210,14 @@ inline BackwardGeometry backward_geometry(const BottleneckBackwardParams& q, int
 
   at = 0;
   // Four tables of 64-bit offsets for taps (two in columns form) and two for rows.
-  g.taps = take(8 * kernel + 4 * g.group * (g.band + g.in_band) + 16);
+  g.row_slots = g.group * (g.band + g.in_band) * s.ring;
+  g.taps = take(8 * kernel + 4 * g.row_slots + 16);
   const bool flat = g.x_rows || g.y_rows || (q.grad_x && q.grad_x_strides.c != 1);
   g.flat = take(flat ? rank * g.flat_pitch + 64 : 0);
   if (!g.whole) {
     take_activations();
     g.zr = take(g.core_rows && g.need_z ? g.z_rows * g.zr_row + 64 : 0);
-    g.columns = take(g.core_rows && g.x_rows && q.grad_factor_in ? g.in_band * p.width * s.rank_in + 64 : 0);
+    g.columns = take(g.core_rows && g.x_rows && q.grad_factor_in ? g.in_band * p.width * s.mid() + 64 : 0);
     take_sums(true);
   }
   g.part_words = at;
@@ -219,9 +229,13 @@ inline void pack_backward(const BottleneckShape& s, const BackwardGeometry& g, c
                           bool leaves_in_columns, int64_t part, float* to) {
   using F = Float32;
   const int64_t taps = s.kernel_h * s.kernel_w, a = s.rank_in, b = s.rank_out, n = g.threads;
+  if (leaves_in_columns) pack_columns<F>(in, 1, 0, s.mid(), 1, s.c_in, s.mid(), to + g.x_columns, part, n);
+  if (s.depthwise) {
+    if (part == 0) pack_depthwise_columns<F>(core, a, taps, to + g.core);
+    return;
+  }
   if (g.need_v && !g.core_rows) pack_columns<F>(core, taps, 1, a, taps, b, a * taps, to + g.core, part, n);
   // All taps in reverse, as the transposed convolution meets them along a row of dV.
   if (g.need_dz && !g.core_rows)
     pack_columns<F>(core + taps - 1, taps, -1, b, a * taps, a, taps, to + g.core_back, part, n);
-  if (leaves_in_columns) pack_columns<F>(in, 1, 0, a, 1, s.c_in, a, to + g.x_columns, part, n);
 }

@@ -16,7 +16,7 @@ class RowBands : public BackwardStages<T> {
     dz_a_ = kernel_a_ + 2 * s_.kernel_h * s_.kernel_w;
     dz_b_ = dz_a_ + s_.kernel_h * s_.kernel_w;
     rows_a_ = dz_b_ + s_.kernel_h * s_.kernel_w;
-    rows_b_ = rows_a_ + g_.band + g_.in_band;
+    rows_b_ = rows_a_ + g_.row_slots;
   }
 
   void pack() {
@@ -72,24 +72,24 @@ class RowBands : public BackwardStages<T> {
   void fill_z(const ImageRows& x, int64_t rows, int64_t row) {
     for (int64_t r = row; r < row + rows; ++r) {
       this->clear_sides_of_z(z(r));
-      clear_sides(zr(r), s_.rank_in, g_.z_pitch, p_.pad_left, p_.pad_left + g_.z_used, g_.z_width);
+      clear_sides(zr(r), s_.mid(), g_.z_pitch, p_.pad_left, p_.pad_left + g_.z_used, g_.z_width);
     }
     if (g_.z_used <= 0) return;
-    const int64_t left = p_.pad_left * s_.rank_in;
+    const int64_t left = p_.pad_left * s_.mid();
     if (!x.rows_form) {
       this->enter_z(x, rows, z(row) + left, 0, 1);
       for (int64_t r = row; r < row + rows; ++r)
-        transpose_words(z(r) + left, s_.rank_in, g_.z_used, s_.rank_in, zr(r) + p_.pad_left, g_.z_pitch);
+        transpose_words(z(r) + left, s_.mid(), g_.z_used, s_.mid(), zr(r) + p_.pad_left, g_.z_pitch);
       return;
     }
-    enter_rows(x, rows, p_.width, g_.z_used, s_.c_in, this->factor_in_, s_.rank_in, zr(row) + p_.pad_left, g_.zr_row,
+    enter_rows(x, rows, p_.width, g_.z_used, s_.c_in, this->factor_in_, s_.mid(), zr(row) + p_.pad_left, g_.zr_row,
                g_.z_pitch, g_.x_block);
     for (int64_t r = row; r < row + rows; ++r)
-      transpose_words(zr(r) + p_.pad_left, g_.z_pitch, s_.rank_in, g_.z_used, z(r) + left, s_.rank_in);
+      transpose_words(zr(r) + p_.pad_left, g_.z_pitch, s_.mid(), g_.z_used, z(r) + left, s_.mid());
   }
 
   void fill_dv(const ImageRows& y, int64_t rows, int64_t row) {
-    const int64_t width = p_.out_width, rank = s_.rank_out;
+    const int64_t width = p_.out_width, rank = s_.out();
     for (int64_t r = row; r < row + rows; ++r)
       clear_sides(dv(r), rank, g_.dv_pitch, g_.dv_left, g_.dv_left + width, g_.dv_width);
     float* to = dv(row) + g_.dv_left;
@@ -117,12 +117,14 @@ class RowBands : public BackwardStages<T> {
     m.columns = p_.out_width;
     m.c_row = g_.v_pitch * 4;
     m.read = next;
-    m.read.count = (next.count + rows - 1) / rows;
+    m.read.count = (next.count + rows * s_.ring - 1) / (rows * s_.ring);
     for (int64_t r = 0; r < rows; ++r) {
-      m.b = reinterpret_cast<const char*>(zr(r * p_.stride_h));
-      m.c = reinterpret_cast<char*>(own_ + g_.v + r * p_.out_width);
-      this->run(m, 0, 1);
-      m.read.at += m.read.count * m.read.pitch;
+      for (int64_t q = 0; q < s_.ring; ++q) {
+        m.b = reinterpret_cast<const char*>(zr(r * p_.stride_h) + q * s_.rank_in * g_.z_pitch);
+        m.c = reinterpret_cast<char*>(own_ + g_.v + r * p_.out_width + q * s_.rank_out * g_.v_pitch);
+        this->run(m, 0, 1);
+        m.read.at += m.read.count * m.read.pitch;
+      }
     }
   }
 
@@ -144,15 +146,18 @@ class RowBands : public BackwardStages<T> {
     }
     m.a = reinterpret_cast<const char*>(shared_ + g_.core_back);
     m.a_row = s_.kernel_h * s_.kernel_w * s_.rank_out * 4;
-    m.b = reinterpret_cast<const char*>(dv(0));
     m.b_packed = false;
     m.b_k = g_.dv_pitch * 4;
     m.columns = p_.width;
-    m.c = reinterpret_cast<char*>(own_ + g_.dz + row * p_.width);
     m.c_row = g_.dz_pitch * 4;
     m.read = next;
     m.write = target;
-    this->run(m, 0, 1);
+    for (int64_t q = 0; q < s_.ring; ++q) {
+      m.b = reinterpret_cast<const char*>(dv(0) + q * s_.rank_out * g_.dv_pitch);
+      m.c = reinterpret_cast<char*>(own_ + g_.dz + row * p_.width + q * s_.rank_in * g_.dz_pitch);
+      this->run(m, 0, 1);
+      m.read = m.write = Prefetch{};
+    }
   }
 
   void add_core(int64_t dv_row, int64_t rows, bool add) {
@@ -160,35 +165,36 @@ class RowBands : public BackwardStages<T> {
     Product m;
     m.rows = s_.rank_out;
     m.k = p_.out_width;
-    m.taps = rows;
+    m.taps = rows * s_.ring;
     m.a_tap = rows_a_;
     m.b_tap = rows_b_;
-    for (int64_t r = 0; r < rows; ++r) {
-      rows_a_[r] = r * g_.dv_row * 4;
-      rows_b_[r] = r * p_.stride_h * g_.z_row * 4;
+    for (int64_t r = 0; r < m.taps; ++r) {
+      const int64_t row = r / s_.ring, q = r % s_.ring;
+      rows_a_[r] = (row * g_.dv_row + q * s_.rank_out * g_.dv_pitch) * 4;
+      rows_b_[r] = (row * p_.stride_h * g_.z_row + q * s_.rank_in) * 4;
     }
     m.a = reinterpret_cast<const char*>(dv(dv_row) + g_.dv_left);
     m.a_row = g_.dv_pitch * 4;
     m.b_packed = false;
-    m.b_k = s_.rank_in * 4;
+    m.b_k = s_.mid() * 4;
     m.columns = across * s_.rank_in;
     m.c_row = m.columns * 4;
     m.init_mode = add ? Init::kAccumulate : Init::kZero;
     for (int64_t t = 0; t < s_.kernel_h * s_.kernel_w; t += across) {
       const int64_t ky = t / s_.kernel_w, kx = t % s_.kernel_w;
-      m.b = reinterpret_cast<const char*>(z(ky * p_.dilation_h) + kx * p_.dilation_w * s_.rank_in);
+      m.b = reinterpret_cast<const char*>(z(ky * p_.dilation_h) + kx * p_.dilation_w * s_.mid());
       m.c = reinterpret_cast<char*>(own_ + g_.sum_core + t * s_.rank_out * s_.rank_in);
       multiply<AOrder::kAlongK, false, FloatDot>(m);
     }
   }
 
   void add_out(const ImageRows& y, int64_t rows, bool add) {
-    add_factor(y, rows, p_.out_width, s_.c_out, own_ + g_.v, g_.v_pitch, s_.rank_out, own_ + g_.dz, own_ + g_.sum_out,
+    add_factor(y, rows, p_.out_width, s_.c_out, own_ + g_.v, g_.v_pitch, s_.out(), own_ + g_.dz, own_ + g_.sum_out,
                add);
   }
 
   void add_in(const ImageRows& x, int64_t rows, bool add) {
-    add_factor(x, rows, p_.width, s_.c_in, own_ + g_.dz, g_.dz_pitch, s_.rank_in, own_ + g_.columns, own_ + g_.sum_in,
+    add_factor(x, rows, p_.width, s_.c_in, own_ + g_.dz, g_.dz_pitch, s_.mid(), own_ + g_.columns, own_ + g_.sum_in,
                add);
   }
 
@@ -196,7 +202,7 @@ class RowBands : public BackwardStages<T> {
     const Strides4& st = q_.grad_x_strides;
     const float* dz = own_ + g_.dz;
     Product m;
-    m.k = s_.rank_in;
+    m.k = s_.mid();
     m.store = kBytes == 2 ? Store::kBfloat16 : Store::kFloat;
     m.c_column = kBytes;
     m.c = reinterpret_cast<char*>(static_cast<E*>(q_.grad_x) + n * st.n + i0 * st.h);
@@ -212,7 +218,7 @@ class RowBands : public BackwardStages<T> {
     }
     m.rows = s_.c_in;
     m.a = reinterpret_cast<const char*>(this->factor_in_);
-    m.a_row = s_.rank_in * 4;
+    m.a_row = s_.mid() * 4;
     m.b = reinterpret_cast<const char*>(dz);
     m.b_packed = false;
     m.b_k = g_.dz_pitch * 4;
@@ -221,8 +227,8 @@ class RowBands : public BackwardStages<T> {
     multiply<AOrder::kAlongK, false, FloatDot>(m);
   }
 
-  void write_out() { write_factor(g_.y_rows, g_.sum_out, s_.c_out, s_.rank_out, q_.grad_factor_out); }
-  void write_in() { write_factor(g_.x_rows, g_.sum_in, s_.c_in, s_.rank_in, q_.grad_factor_in); }
+  void write_out() { write_factor(g_.y_rows, g_.sum_out, s_.c_out, s_.out(), q_.grad_factor_out); }
+  void write_in() { write_factor(g_.x_rows, g_.sum_in, s_.c_in, s_.mid(), q_.grad_factor_in); }
 
   void write_core_share() {
     const int64_t taps = s_.kernel_h * s_.kernel_w, a = s_.rank_in;

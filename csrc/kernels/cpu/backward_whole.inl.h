@@ -25,8 +25,8 @@ class BackwardWhole : public BackwardStages<T> {
 
   // Weight gradients that are narrower than their sums; after the last group.
   void finish() {
-    this->write_sums(shared_ + g_.sum_out, s_.c_out * s_.rank_out, q_.grad_factor_out);
-    this->write_sums(shared_ + g_.sum_in, s_.c_in * s_.rank_in, q_.grad_factor_in);
+    this->write_sums(shared_ + g_.sum_out, s_.c_out * s_.out(), q_.grad_factor_out);
+    this->write_sums(shared_ + g_.sum_in, s_.c_in * s_.mid(), q_.grad_factor_in);
     this->write_sums(shared_ + g_.sum_bias, s_.c_out, q_.grad_bias);
   }
 
@@ -84,7 +84,7 @@ class BackwardWhole : public BackwardStages<T> {
       else this->clear_sides_of_z(z + r * g_.z_row);
     }
     if (bottom > 0 && g_.z_used > 0)
-      this->enter_z(x, bottom, z + p_.pad_top * g_.z_row + p_.pad_left * s_.rank_in, part_, g_.threads);
+      this->enter_z(x, bottom, z + p_.pad_top * g_.z_row + p_.pad_left * s_.mid(), part_, g_.threads);
   }
 
   void enter_dv_image(const ImageRows& y, float* dv) {
@@ -96,13 +96,13 @@ class BackwardWhole : public BackwardStages<T> {
   }
 
   void core(bool add) {
-    const int64_t v_image = p_.out_height * p_.out_width * s_.rank_out, dz_image = p_.height * p_.width * s_.rank_in;
+    const int64_t v_image = p_.out_height * p_.out_width * s_.out(), dz_image = p_.height * p_.width * s_.mid();
     const float *z = shared_ + g_.z, *dv = shared_ + g_.dv;
     for (int64_t n = 0; n < images_; ++n) {
       if (g_.need_v)
         this->make_v(z + n * g_.z_image(), p_.out_height, shared_ + g_.v + n * v_image, {}, part_, g_.threads);
       for (int64_t i = 0; g_.need_dz && i < p_.stride_h && i < p_.height; ++i) {
-        float* to = shared_ + g_.dz + n * dz_image + i * p_.width * s_.rank_in;
+        float* to = shared_ + g_.dz + n * dz_image + i * p_.width * s_.mid();
         const int64_t rows = (p_.height - i + p_.stride_h - 1) / p_.stride_h;
         this->make_dz(dv + n * g_.dv_image(), -g_.dv_above, i, rows, to, {}, {}, part_, g_.threads);
       }
@@ -113,12 +113,12 @@ class BackwardWhole : public BackwardStages<T> {
   }
 
   void leave_images(bool add) {
-    const int64_t v_row = p_.out_width * s_.rank_out, dz_row = p_.width * s_.rank_in;
+    const int64_t v_row = p_.out_width * s_.out(), dz_row = p_.width * s_.mid();
     if (q_.grad_factor_out)
       accumulate(y(), images_, p_.out_height, p_.out_width, s_.c_out, shared_ + g_.v, v_row, p_.out_height * v_row,
-                 s_.rank_out, sum(q_.grad_factor_out, g_.sum_out), add, rows_a_, rows_b_, part_, g_.threads);
+                 s_.out(), sum(q_.grad_factor_out, g_.sum_out), add, rows_a_, rows_b_, part_, g_.threads);
     if (q_.grad_factor_in)
-      accumulate(x(), images_, p_.height, p_.width, s_.c_in, shared_ + g_.dz, dz_row, p_.height * dz_row, s_.rank_in,
+      accumulate(x(), images_, p_.height, p_.width, s_.c_in, shared_ + g_.dz, dz_row, p_.height * dz_row, s_.mid(),
                  sum(q_.grad_factor_in, g_.sum_in), add, rows_a_, rows_b_, part_, g_.threads);
     if (q_.grad_core && first_ + images_ == p_.batch)
       this->write_core(shared_ + g_.sum_core, share(s_.rank_in, 0), share(s_.rank_in, 1));

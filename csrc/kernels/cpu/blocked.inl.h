@@ -32,6 +32,8 @@ struct Product {
   int64_t c_row = 0, c_segment = 0;
   int64_t c_column = 4;  // bytes a column
   Store store = Store::kFloat;
+  const char* residual = nullptr;  // added before the store: laid out as C, elements as stored
+  bool relu = false;
   Prefetch read, write;  // spread over the tiles and taps
 };
 
@@ -73,6 +75,7 @@ inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
   t.c_row = p.c_row;
   t.init_mode = p.init_mode;
   t.store = p.store;
+  t.relu = p.relu;
   if constexpr (kFetch) {
     const int64_t panels = (total_units + kMaxUnits - 1) / kMaxUnits;
     const int64_t steps = panels * per_unit * (p.taps > 0 ? p.taps : 1);  // a product without taps writes zeros
@@ -113,6 +116,7 @@ inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
         if (row + height > p.rows) height = p.rows - row;  // an odd last row of pairs
         t.a = a + row * a_row;
         t.c = c + (pairs ? row / 2 : row) * p.c_row;
+        if (p.residual) t.residual = p.residual + (t.c - p.c);
         if (p.init_mode == Init::kRows) t.init = p.init + row;
         tile_function<kOrder, kMaskB, kFetch, Dot>(static_cast<int>(two ? 2 * height : height), units)(t);
         if constexpr (kFetch) {

@@ -2,6 +2,7 @@
 // and where everything lies in the scratch memory. See bottleneck_conv.inl.h for the forms.
 
 struct BottleneckGeometry {
+  BottleneckShape shape;                   // as the kernels hold it
   bool x_rows, y_rows, core_rows;          // which form each stage works in
   bool gather_x;                           // x is copied to `gathered` row by row first (odd strides, narrow elements)
   int64_t words_in, words_mid, words_out;  // words of C_in, R_in, R_out
@@ -32,11 +33,12 @@ inline double lane_cost(int64_t n) {
 
 template <class T>
 inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int64_t threads) {
-  const BottleneckShape& s = p.shape;
   BottleneckGeometry g;
+  g.shape = kernel_shape<T>(p.shape);
+  const BottleneckShape& s = g.shape;
   g.words_in = words<T>(s.c_in);
-  g.words_mid = words<T>(s.rank_in);
-  g.words_out = words<T>(s.rank_out);
+  g.words_mid = words<T>(s.mid());
+  g.words_out = words<T>(s.out());
   const bool columns_readable = p.x_strides.c == 1 && !(T::kPairs && s.c_in % 2) && !T::kNarrow;
   const bool rows_readable = p.x_strides.w == 1 || p.width == 1;
   g.x_rows = !(p.x_strides.c == 1) && rows_readable;
@@ -51,11 +53,17 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   // The core in columns form pads R_out to a vector, in rows form it pads the image row; transposing a rank-space
   // word costs about six lanes of multiplication.
   const double taps = static_cast<double>(s.kernel_h * s.kernel_w);
+  // Per ring index: all have the same.
   const double mid = static_cast<double>(s.rank_in), out = static_cast<double>(s.rank_out);
   const double width = static_cast<double>(p.out_width);
   const double transpose = 6.0;
   double columns_cost = taps * mid * lane_cost(s.rank_out);
   double rows_cost = taps * mid * out * lane_cost(p.out_width) / width;
+  if (s.depthwise) {
+    // One pass over Z, bound by its loads; those along pixels mostly straddle two cache lines.
+    columns_cost = taps * lane_cost(s.rank_in);
+    rows_cost = 1.5 * taps * mid * lane_cost(p.out_width) / width;
+  }
   if (g.x_rows) columns_cost += transpose * mid;
   else rows_cost += transpose * mid;
   if (g.y_rows) columns_cost += transpose * out;
@@ -75,8 +83,9 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   g.z_row = g.core_rows ? g.words_mid * g.z_pitch : round_up(g.z_width * g.words_mid, 16);
   const int64_t rows_per_thread = (p.batch * p.out_height + threads - 1) / threads;
   g.phased = threads > 1 && rows_per_thread < 8;
-  constexpr int64_t kWindowWords = 10 * 1024;  // of Z: leaves most of a private L2 to the weights
-  int64_t rows = (kWindowWords / g.z_row - g.halo) / p.stride_h + 1;
+  // Of Z: leaves most of a private L2 to the weights, which are few where a ring shares them.
+  const int64_t window_words = (s.ring > 1 ? 40 : 10) * 1024;
+  int64_t rows = (window_words / g.z_row - g.halo) / p.stride_h + 1;
   rows = rows / g.block * g.block;
   if (rows < g.block) rows = g.block;
   if (rows > p.out_height || g.phased) rows = p.out_height;
@@ -109,7 +118,7 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   g.z = take(images * g.window_rows * g.z_row + 32);
   g.v = take(images * (g.core_rows ? v_rows_words : v_columns_words) + 32);
   g.v_other = g.y_rows && !g.core_rows ? take(images * v_rows_words + 32) : 0;
-  const int64_t flat_rows = g.words_mid * g.flat_pitch, flat_columns = p.width * padded_columns(s.rank_in);
+  const int64_t flat_rows = g.words_mid * g.flat_pitch, flat_columns = p.width * padded_columns(s.mid());
   g.flat = take((flat_rows > flat_columns ? flat_rows : flat_columns) + 32);
   const int64_t gathered = g.x_rows ? g.words_in * g.flat_pitch : p.width * g.words_in;
   g.gathered = g.gather_x ? take(gathered + 32) : 0;

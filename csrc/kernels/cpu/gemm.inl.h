@@ -36,8 +36,10 @@ struct Tile {
   int64_t c_row;
   int64_t c_jump = 0;
   Store store = Store::kFloat;
-  Prefetch read, write;  // one tap's share
-  int columns;           // valid columns; the rest of the last vector is neither read from masked B nor written
+  const char* residual = nullptr;  // added to the sums: what C's place holds in an array of C's layout and element
+  bool relu = false;               // negative results become zero; neither this nor the residual with pairs
+  Prefetch read, write;            // one tap's share
+  int columns;  // valid columns; the rest of the last vector is neither read from masked B nor written
 };
 
 // The lines of `pixels` neighbouring pixels of an image.
@@ -165,6 +167,27 @@ TC_INLINE void initialise(Accumulators<kRows, kUnits>& acc, const Tile& t, int l
   }
 }
 
+// What follows the sums before they are stored.
+template <int kRows, int kUnits>
+TC_INLINE void finish(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
+  using Acc = Accumulators<kRows, kUnits>;
+  constexpr int kLast = kUnits * kUnit - Acc::kLastLanes;
+  const int64_t distance = t.residual - t.c;
+  if (t.residual && t.store == Store::kFloat) {
+    for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA {
+      const char* p = row_of_c<kRows>(t, m) + distance + w * 4;
+      x = add(x, w == kLast ? x.load_first(p, last_lanes) : x.load(p));
+    });
+  } else if (t.residual) {
+    for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA {
+      auto r = x.zero();
+      load_bf16(r, row_of_c<kRows>(t, m) + distance + w * 2, w == kLast ? last_lanes : x.kLanes);
+      x = add(x, r);
+    });
+  }
+  if (t.relu) for_each(acc, [](int, int, auto& x) TC_LAMBDA { x = relu(x); });
+}
+
 template <int kRows, int kUnits>
 TC_INLINE void store_float(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
   using Acc = Accumulators<kRows, kUnits>;
@@ -253,6 +276,7 @@ void multiply_tile(const Tile& t) {
       }
     }
   }
+  if (t.residual || t.relu) finish(acc, t, last_lanes);
   switch (t.store) {
     case Store::kFloat: store_float(acc, t, last_lanes); break;
     case Store::kBfloat16: store_half_words(acc, t, last_lanes); break;

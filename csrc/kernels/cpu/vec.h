@@ -42,6 +42,19 @@ struct Half {
 inline Half low(Wide a) { return {_mm512_castps512_ps256(a.v)}; }
 inline Wide fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Half fma(Half a, Half b, Half c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Wide add(Wide a, Wide b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Half add(Half a, Half b) { return {_mm256_add_ps(a.v, b.v)}; }
+// NaN stays NaN: the second operand is what the instruction returns then.
+inline Wide relu(Wide a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }
+inline Half relu(Half a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }
+inline void load_bf16(Wide& a, const void* p, int lanes) {
+  const __m512i u = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Wide::mask(lanes), p));
+  a.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+}
+inline void load_bf16(Half& a, const void* p, int lanes) {
+  const __m256i u = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(Half::mask(lanes), p));
+  a.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+}
 
 #if defined(TC_BF16_DOT)
 inline Wide dot_pairs(Wide a, Wide b, Wide c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
@@ -109,6 +122,8 @@ struct Wide {
 using Half = Wide;
 inline Wide low(Wide a) { return a; }
 inline Wide fma(Wide a, Wide b, Wide c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Wide add(Wide a, Wide b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Wide relu(Wide a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }
 inline Wide round_bf16(Wide a) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -151,6 +166,11 @@ struct Wide {
 using Half = Wide;
 inline Wide low(Wide a) { return a; }
 inline Wide fma(Wide a, Wide b, Wide c) { return {a.v * b.v + c.v}; }
+inline Wide add(Wide a, Wide b) { return {a.v + b.v}; }
+inline Wide relu(Wide a) {
+  for (int i = 0; i < Wide::kLanes; ++i) a.v[i] = a.v[i] < 0.0f ? 0.0f : a.v[i];
+  return a;
+}
 inline Wide round_bf16(Wide a) {
   uint32_t u[4];
   __builtin_memcpy(u, &a.v, sizeof(u));
@@ -166,6 +186,15 @@ inline Wide round_bf16(Wide a) {
 #endif
 
 #if !defined(TC_AVX512)
+inline void load_bf16(Wide& a, const void* p, int lanes) {
+  uint32_t u[Wide::kLanes] = {};
+  for (int i = 0; i < lanes; ++i) {
+    uint16_t h;
+    __builtin_memcpy(&h, static_cast<const char*>(p) + 2 * i, sizeof(h));
+    u[i] = static_cast<uint32_t>(h) << 16;
+  }
+  a = Wide::load(u);
+}
 inline void store_bf16(Wide a, void* p, int lanes) {
   uint32_t u[Wide::kLanes];
   round_bf16(a).store(u);
