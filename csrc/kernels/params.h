@@ -83,4 +83,32 @@ struct BottleneckBackwardParams {
   void* scratch = nullptr;  // scratch_bytes of the plan, 64-byte aligned
 };
 
+constexpr int64_t kMaxEmbeddingCores = 8;
+
+// An embedding whose table is a train or, where the first rank is above 1, a ring of cores.
+struct EmbeddingShape {
+  DType dtype = DType::kFloat32;
+  int64_t cores = 0;                          // 2 to kMaxEmbeddingCores
+  int64_t rank[kMaxEmbeddingCores + 1] = {};  // rank[cores] is rank[0]
+  int64_t vocab[kMaxEmbeddingCores] = {};     // each below 2^31
+  int64_t dim[kMaxEmbeddingCores] = {};
+  int64_t num_embeddings = 0;
+  int64_t padding_idx = -1;  // or -1
+};
+
+// Rows of the table for the different ones among the indices of a call, in the order of embedding_order.h; backward
+// alike, where grad_y takes the place of y. Everything contiguous.
+struct EmbeddingParams {
+  EmbeddingShape shape;
+  const void* core[kMaxEmbeddingCores] = {};  // [rank, vocab, dim, next rank]
+  int64_t rows = 0;
+  const int32_t* digits = nullptr;  // [rows][cores]
+  const int64_t* first = nullptr;   // [rows + 1]: where the places of each row begin
+  const int64_t* place = nullptr;   // rows of y, or of grad_y, that hold this row
+  void* y = nullptr;                // [places, dim]; places of padding are not written
+  const void* grad_y = nullptr;
+  void* grad_core[kMaxEmbeddingCores] = {};  // null where not wanted
+  void* scratch = nullptr;                   // scratch_bytes of the table, 64-byte aligned
+};
+
 }  // namespace tensorcomp

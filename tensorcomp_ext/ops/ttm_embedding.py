@@ -1,6 +1,7 @@
 """Embedding whose table is a tensor-train or tensor-ring matrix: registration and the public function.
 
-What no native kernel takes goes to the oracle, and :func:`native_support` says why.
+``csrc/ops/ttm_embedding.cpp`` serves CPU float32 and bfloat16; whatever it cannot take goes to the oracle,
+and :func:`native_support` says why.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._native import Support
 from ._oracle_gradients import mask_bits
 from ._register import define, fallthrough_autograd, register_autograd, register_default
@@ -35,12 +37,21 @@ __all__ = [
 
 _NAME = "ttm_embedding"
 _CORE = "[r, vocab_k, dim_k, r']"
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_MOST_CORES = 8
 _OPS = torch.ops.tensorcomp
 _is_compiling = torch.compiler.is_compiling
 
 
 def native_support(indices: Tensor, cores: Sequence[Tensor]) -> Support:
     """Whether a native kernel takes this problem, and the reason when it does not."""
+    if indices.is_cpu:
+        loaded = _native.status()
+        if loaded.ok and cores[0].dtype not in _NATIVE_DTYPES:
+            return Support(False, f"the native CPU kernel takes float32 and bfloat16, not {cores[0].dtype}")
+        if loaded.ok and not 2 <= len(cores) <= _MOST_CORES:
+            return Support(False, f"the native CPU kernel takes 2 to {_MOST_CORES} cores, not {len(cores)}")
+        return loaded
     return Support(False, f"there is no native {_NAME} for device {indices.device.type!r}")
 
 

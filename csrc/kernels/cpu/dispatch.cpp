@@ -11,6 +11,8 @@ namespace tensorcomp {
   namespace isa {                          \
   BottleneckKernels bottleneck_float32();  \
   BottleneckKernels bottleneck_bfloat16(); \
+  EmbeddingKernels embedding_float32();    \
+  EmbeddingKernels embedding_bfloat16();   \
   double fma_peak(double seconds);         \
   }
 
@@ -58,14 +60,38 @@ const Tables& tables() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    t.table[i] = {"avx512_bf16", 4, avx512::bottleneck_float32(), avx512_bf16::bottleneck_bfloat16(), avx512_bf16_peak};
+    t.table[i] = {"avx512_bf16",
+                  4,
+                  avx512::bottleneck_float32(),
+                  avx512_bf16::bottleneck_bfloat16(),
+                  avx512_bf16_peak,
+                  avx512::embedding_float32(),
+                  avx512::embedding_bfloat16()};
     t.available[i++] = avx512 && __builtin_cpu_supports("avx512bf16");
-    t.table[i] = {"avx512", 3, avx512::bottleneck_float32(), avx512::bottleneck_bfloat16(), avx512_peak};
+    t.table[i] = {"avx512",
+                  3,
+                  avx512::bottleneck_float32(),
+                  avx512::bottleneck_bfloat16(),
+                  avx512_peak,
+                  avx512::embedding_float32(),
+                  avx512::embedding_bfloat16()};
     t.available[i++] = avx512;
-    t.table[i] = {"avx2", 2, avx2::bottleneck_float32(), avx2::bottleneck_bfloat16(), avx2_peak};
+    t.table[i] = {"avx2",
+                  2,
+                  avx2::bottleneck_float32(),
+                  avx2::bottleneck_bfloat16(),
+                  avx2_peak,
+                  avx2::embedding_float32(),
+                  avx2::embedding_bfloat16()};
     t.available[i++] = avx2;
 #endif
-    t.table[i] = {"portable", 1, portable::bottleneck_float32(), portable::bottleneck_bfloat16(), portable_peak};
+    t.table[i] = {"portable",
+                  1,
+                  portable::bottleneck_float32(),
+                  portable::bottleneck_bfloat16(),
+                  portable_peak,
+                  portable::embedding_float32(),
+                  portable::embedding_bfloat16()};
     t.available[i] = true;
     return t;
   }();

@@ -21,15 +21,28 @@ struct BottleneckKernels {
   void (*backward_run)(const BottleneckBackwardParams&, int64_t threads, int64_t phase, int64_t part);
 };
 
+// Embedding of one element type. `parts` pieces of forward, and of both phases of backward (the rows, then the sums
+// over the pieces); all pieces of a phase before the next phase.
+struct EmbeddingKernels {
+  size_t (*scratch_bytes)(const EmbeddingParams&, int64_t parts, bool backward);
+  void (*run)(const EmbeddingParams&, int64_t parts, int64_t part);
+  void (*backward_run)(const EmbeddingParams&, int64_t parts, int64_t phase, int64_t part);
+};
+
 struct KernelTable {
   const char* name;  // "avx512_bf16" | "avx512" | "avx2" | "portable"
   int32_t id;
   BottleneckKernels bottleneck_float32;
   BottleneckKernels bottleneck_bfloat16;
   double (*fma_peak)(bool bfloat16, double seconds);
+  EmbeddingKernels embedding_float32;
+  EmbeddingKernels embedding_bfloat16;
 
   const BottleneckKernels& bottleneck(DType dtype) const {
     return dtype == DType::kFloat32 ? bottleneck_float32 : bottleneck_bfloat16;
+  }
+  const EmbeddingKernels& embedding(DType dtype) const {
+    return dtype == DType::kFloat32 ? embedding_float32 : embedding_bfloat16;
   }
 };
 
