@@ -15,7 +15,8 @@ from .conv_cases import conv_cases, conv_from_dict, quick_convs
 from .devices import Device
 from .embedding import measure_embedding
 from .embedding_cases import embedding_cases, embedding_from_dict, quick_embeddings
-from .network import expand_networks, measure_network, network_cases, network_from_dict, quick_networks
+from .network import measure_network
+from .network_cases import expand_networks, network_cases, network_from_dict, quick_networks
 from .pair import LARGE as LARGE_ROWS
 from .pair import expand_pairs, measure_pair, pair_cases, pair_from_dict, quick_pairs
 from .roofline import Probe
@@ -127,7 +128,7 @@ SUITES: dict[str, Suite] = {
         lambda cases, dtypes, layouts: expand_networks(cases, dtypes),
         measure_network,
         lambda case: True,
-        "network,batch,rank,dtype",
+        "network,batch,scheme,rank,dtype",
     ),
 }
 

@@ -77,11 +77,12 @@ def summarise(samples_us: Sequence[float], inner: int) -> Timing:
 
 
 def _warm_up(call: Call, seconds: float) -> float:
-    """Call for ``seconds``, three times at least; the fastest call in seconds."""
+    """Call for ``seconds``, three times at least where that takes no longer than a second; the fastest call
+    in seconds."""
     fastest = math.inf
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter()
     calls = 0
-    while calls < 3 or time.perf_counter() < end:
+    while (calls < 3 and time.perf_counter() - begin < 1.0) or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         call()
         fastest = min(fastest, time.perf_counter() - start)
@@ -100,12 +101,13 @@ def _rounds(effort: Effort, round_s: float, later_s: float) -> int:
 def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
     """Time each call, A B C A B C …, and summarise.
 
-    Every sample begins with one untimed call, so that no candidate pays for the caches its predecessor left.
+    Every sample of a call that is no long one begins with one untimed call, so that no candidate pays for the
+    caches its predecessor left.
     Which candidate opens a round moves on by one each round. The garbage collector rests meanwhile.
     """
     fastest = {name: _warm_up(call, effort.warmup_s) for name, call in calls.items()}
     inner = {name: max(1, math.ceil(SAMPLE_S / seconds)) for name, seconds in fastest.items()}
-    cost = {name: seconds * (inner[name] + 1) for name, seconds in fastest.items()}
+    cost = {name: s * (inner[name] + (s < SLOW_S)) for name, s in fastest.items()}
     slow = {n for n, s in fastest.items() if s > max(SLOW_S, SLOW_TIMES * min(fastest.values()))}
     rounds = _rounds(effort, sum(cost.values()), sum(cost[name] for name in calls if name not in slow))
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -118,7 +120,8 @@ def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
                 names = [name for name in names if name not in slow]
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 call, repeats = calls[name], range(inner[name])
-                call()
+                if fastest[name] < SLOW_S:
+                    call()
                 start = time.perf_counter_ns()
                 for _ in repeats:
                     call()

@@ -4,7 +4,18 @@ from .imagenet_resnet import ResNet18
 from .lenet import LeNet5
 from .registry import build, names
 from .resnet import CifarResNet
+from .transformer import GatedMLP, ViTBlock
 from .vgg import VGG16
 from .weights import load_weights
 
-__all__ = ["VGG16", "CifarResNet", "LeNet5", "ResNet18", "build", "load_weights", "names"]
+__all__ = [
+    "VGG16",
+    "CifarResNet",
+    "GatedMLP",
+    "LeNet5",
+    "ResNet18",
+    "ViTBlock",
+    "build",
+    "load_weights",
+    "names",
+]
