@@ -33,7 +33,7 @@ class Dense(Plan):
             stages.append(Stage(kind, 0, width, 2 * weights))
         if case.training or case.prefer == "memory":
             ranks = layer.weight.rank
-            inner = ranks if isinstance(ranks, int) else min(ranks)
+            inner = ranks if isinstance(ranks, int) else min(ranks, default=1)
             stages.append(Stage("linear", layer.weight.rebuild_macs(), inner, layer.weight.numel + weights))
         return stages
 

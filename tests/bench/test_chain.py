@@ -14,7 +14,6 @@ from tensorcomp_ext.bench.chain_problem import ChainProblem
 from tensorcomp_ext.bench.chain_summary import against_dense, chain_lines
 from tensorcomp_ext.bench.cores import CORES, Cores
 from tensorcomp_ext.bench.suite import QUICK, Settings, run_suite
-from tensorcomp_ext.formats import format_names
 
 ODD = [
     ChainCase("tt", 7, 6, (7,), (2, 3), 2, 5),
@@ -159,8 +158,6 @@ def test_figures_against_dense():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", [*ODD, *quick_chains()], ids=ChainCase.label)
 def test_our_ways_agree_with_the_oracle(case, training):
-    if case.format not in format_names("linear"):
-        pytest.skip(f"no {case.format} for linear layers here")
     problem = ChainProblem(replace(case, dtype="float32"), training=training)
     with torch.inference_mode(not training):
         for way in our_ways(problem):
@@ -169,8 +166,6 @@ def test_our_ways_agree_with_the_oracle(case, training):
 
 
 def test_rows_have_everything():
-    if not set(CORES) <= set(format_names("linear")):
-        pytest.skip("not all formats are for linear layers here")
     settings = Settings(suite="chain", cases=quick_chains(), threads=[1], compiled="never", effort=QUICK)
     results = run_suite(settings)
     assert results["complete"] and len(results["rows"]) == 10

@@ -10,9 +10,7 @@ from tensorcomp_ext.bench.conv_cases import ConvCase, conv_cases, conv_from_dict
 from tensorcomp_ext.bench.conv_library import library_ways
 from tensorcomp_ext.bench.conv_problem import ConvProblem
 from tensorcomp_ext.bench.suite import QUICK, Settings, run_suite
-from tensorcomp_ext.formats import format_names
 
-HAVE = {"cp", "tr"} <= set(format_names("conv"))
 CASES = [
     *quick_convs(),
     ConvCase("tr", 1, 1, 3, 5, 6, 4, k=(3, 2), padding=(1, 0), stride=(2, 1)),
@@ -71,7 +69,6 @@ def test_library_ways_agree_with_the_oracle(case, dtype, layout, training):
     assert len(ways) == (4 if layout == "nhwc" else 7)
 
 
-@pytest.mark.skipif(not HAVE, reason="no CP and TR convolutions here")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=ConvCase.label)
 def test_our_ways_agree_with_the_oracle(case, training):
@@ -82,7 +79,6 @@ def test_our_ways_agree_with_the_oracle(case, training):
             assert way.note and way.macs
 
 
-@pytest.mark.skipif(not HAVE, reason="no CP and TR convolutions here")
 def test_rows_have_everything():
     settings = Settings(
         suite="conv", cases=quick_convs(), threads=[1], layouts=["nhwc"], compiled="never", effort=QUICK

@@ -23,7 +23,6 @@ from tensorcomp_ext.bench.network_cases import NetworkCase, network_cases, netwo
 from tensorcomp_ext.bench.network_schemes import NETWORKS, Target, get_scheme, schemes
 from tensorcomp_ext.bench.roofline import Probe
 from tensorcomp_ext.bench.timing import Effort
-from tensorcomp_ext.formats import format_names
 from tensorcomp_ext.nn import FactorizedLayer
 
 OPTIONS = {
@@ -32,10 +31,6 @@ OPTIONS = {
     "effort": Effort(budget_s=0.0, min_rounds=2, max_rounds=2, warmup_s=0.0),
     "probe": Probe(),
 }
-needs_rings = pytest.mark.skipif(
-    not {"conv", "linear"} <= {kind for kind in ("conv", "linear") if "tr" in format_names(kind)},
-    reason="no tensor rings here",
-)
 
 
 def test_cases_of_the_issue():
@@ -86,7 +81,6 @@ def test_ranks_of_the_nrmf_table():
     assert stored["layer3.1.conv2"] == 255_696 and len(stored) == 16
 
 
-@needs_rings
 @pytest.mark.parametrize(
     ("network", "scheme", "dense", "compressed"),
     [
