@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tensorcomp_ext.formats import SVD, BottleneckConv, Format, Tucker2, TwoFactor
+from tensorcomp_ext.formats import CP, SVD, TR, BottleneckConv, Format, Network, Tucker2, TwoFactor
+from tensorcomp_ext.formats.merge import two_factor
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -46,16 +49,31 @@ def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.
 def scaled(weight: Format, scale: Tensor) -> Format | None:
     """A format whose dense weight is that of ``weight`` with output t multiplied by ``scale[t]``.
 
-    None where the outputs are spread over several cores, none of which can take a factor for each.
+    Modes of the channels are merged, so that one core holds every output by itself. None where none can, as
+    in TTM, whose cores hold modes of outputs and inputs alike.
     """
-    form = weight.lower()
+    form: Any = weight.lower()
+    if isinstance(form, Network):
+        form = two_factor(form)
     if isinstance(form, TwoFactor):
         return SVD(_times(form.a, scale), form.b.detach().clone())
-    if isinstance(form, BottleneckConv) and form.ring == 1 and not form.depthwise:
-        return Tucker2(
-            form.core.detach().clone(), _times(form.point_out, scale), form.point_in.detach().clone()
-        )
-    return None
+    if not isinstance(form, BottleneckConv):
+        return None
+    point_in, core = form.point_in.detach().clone(), form.core.detach().clone()
+    point_out = _times(form.point_out, scale)
+    if isinstance(weight, CP):
+        taps = [factor.detach().clone() for factor in weight.tap_factors]
+        return CP([point_out, point_in, *taps], weight.shape)
+    if form.ring == 1:
+        return Tucker2(core, point_out, point_in)
+    # Column q A + a of point_in and column q B + b of point_out belong to ring index q.
+    rank_out, rank_in = core.shape[:2]
+    cores = [
+        point_in.unflatten(1, (form.ring, rank_in)).permute(1, 0, 2),  # [R_0, S, A]
+        core.flatten(2).permute(1, 2, 0),  # [A, taps, B]
+        point_out.unflatten(1, (form.ring, rank_out)).permute(2, 0, 1),  # [B, T, R_0]
+    ]
+    return TR([c.contiguous() for c in cores], weight.shape)
 
 
 def _times(matrix: Tensor, scale: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from .base import Plan, Stage, register_plan
 from .case import Case
 from .fused_conv import FusedConv
 from .fused_pair import FusedPair
-from .geometry import Bound
+from .geometry import Bound, FoldedBound
 from .layer import PlannedLayer
 from .training import TrainingCall
 
@@ -51,6 +51,9 @@ class Fused(Plan):
 
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
         return self._of(layer).bind(layer, case)
+
+    def bind_folded(self, layer: PlannedLayer, case: Case, relu: bool) -> FoldedBound | None:
+        return self._of(layer).bind_folded(layer, case, relu)
 
     def bind_training(self, layer: PlannedLayer, case: Case) -> TrainingCall:
         return self._of(layer).bind_training(layer, case)

@@ -11,8 +11,9 @@ from ..ops._tucker2_conv_autograd import differentiable_conv2d
 from ..ops.tucker2_conv import bind_packed
 from .base import Plan, Stage
 from .case import Case, autocast_dtype
-from .geometry import Bound
+from .geometry import Bound, FoldedBound
 from .layer import PlannedLayer
+from .packed_bottleneck import bind_bottleneck
 from .parts import (
     conv_parts,
     conv_support,
@@ -63,3 +64,6 @@ class FusedConv(Plan):
 
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
         return bind_packed(*packed_conv(layer, case))
+
+    def bind_folded(self, layer: PlannedLayer, case: Case, relu: bool) -> FoldedBound | None:
+        return bind_bottleneck(layer, case, relu) if case.device == "cpu" else None

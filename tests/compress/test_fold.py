@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,40 @@ def test_gradients_and_single_images_go_through() -> None:
     assert x.grad is not None and x.grad.shape == x.shape
     with torch.no_grad():
         assert torch.equal(made(x, residual), made(x[None], residual[None])[0])
+
+
+FORMATS = [("tucker2", (3, 2)), ("tucker", 2), ("cp", 5), ("tt", 3), ("tr", 2), ("ttm", 2)]
+
+
+MODES: dict[str, Any] = {"in_modes": (2, 3), "out_modes": (4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("format", "rank", "modes"), [(*f, {}) for f in FORMATS] + [(*f, MODES) for f in FORMATS[1:]]
+)
+def test_convolutions_of_every_format(format: str, rank: Any, modes: dict[str, Any]) -> None:
+    layer = FactorizedConv2d(6, 8, 3, 2, 1, format=format, rank=rank, **modes)
+    model = randomize(nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU()))
+    x = torch.randn(2, 6, 7, 8)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-5
+    texts = [f.text for f in made.fold_report.folded]
+    # The cores of TTM hold modes of outputs and inputs alike: only what needs no factor per output is folded.
+    assert texts == ([] if format == "ttm" else ["batch normalization, ReLU"])
+    assert bool(made.fold_report.left) == (format == "ttm")
+
+
+@pytest.mark.parametrize("format", ["svd", "cp", "tucker", "tt", "tr", "ttm", "tr_matrix"])
+def test_linear_layers_of_every_format(format: str) -> None:
+    model = randomize(
+        nn.Sequential(FactorizedLinear(12, 8, format=format, rank=2), nn.BatchNorm1d(8), nn.ReLU())
+    )
+    x = torch.randn(9, 12)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-5
+    assert bool(made.fold_report.folded) == (format not in ("ttm", "tr_matrix"))
 
 
 def test_linear_layers_take_normalization_and_relu() -> None:
