@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .unfolding import (
-    BLOCK_ELEMENTS,
     DecompositionError,
     check_rank,
     check_tensor,
     gram,
     project,
+    residual_of_product,
     squared_norm,
     unfold,
 )
@@ -228,12 +228,7 @@ def _matrix_error(matrix: Tensor, s: Tensor, u: Tensor, vh: Tensor) -> float:
     missing = 1.0 - squared_norm(s) / total
     if missing > CANCELLATION:
         return math.sqrt(missing)
-    left = u * s
-    residual = 0.0
-    step = max(1, BLOCK_ELEMENTS // matrix.shape[1])
-    for i in range(0, matrix.shape[0], step):
-        residual += squared_norm(matrix[i : i + step].double() - left[i : i + step] @ vh)
-    return math.sqrt(residual / total)
+    return math.sqrt(residual_of_product(matrix, u * s, vh) / total)
 
 
 def svd_factors(weight: Tensor, rank: SupportsIndex) -> SVDFactors:

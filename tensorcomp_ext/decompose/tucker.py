@@ -85,13 +85,13 @@ def _relative_error(tensor: Tensor, total: float, core: Tensor, factors: Factors
     return math.sqrt(residual / total)
 
 
-def _hosvd64(tensor: Tensor, ranks: dict[int, int]) -> tuple[Tensor, Factors, list[float]]:
+def hosvd64(tensor: Tensor, ranks: dict[int, int]) -> tuple[Tensor, Factors, list[float]]:
     factors = {mode: leading_factor(tensor, mode, rank) for mode, rank in ranks.items()}
     core = _project_all(tensor, factors)
     return core, factors, [_relative_error(tensor, squared_norm(tensor), core, factors)]
 
 
-def _hooi64(
+def hooi64(
     tensor: Tensor, ranks: dict[int, int], tol: float, max_sweeps: int
 ) -> tuple[Tensor, Factors, list[float]]:
     total = squared_norm(tensor)
@@ -128,7 +128,9 @@ def _dense_order(tensor: Tensor) -> tuple[int, ...]:
     return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.ndim))
 
 
-def _solve(tensor: Tensor, ranks: dict[int, int], solver: Solver) -> tuple[Tensor, Factors, list[float]]:
+def solve_in_memory_order(
+    tensor: Tensor, ranks: dict[int, int], solver: Solver
+) -> tuple[Tensor, Factors, list[float]]:
     """Run `solver` on the tensor in memory order and return core and factors in the order of the caller."""
     order = _dense_order(tensor)
     core, factors, errors = solver(
@@ -169,7 +171,7 @@ def hosvd(tensor: Tensor, ranks: Sequence[SupportsIndex], modes: Sequence[int]) 
     NaN, Inf, rank < 1, repeated or missing modes; DecompositionError when no driver converges.
     """
     checked, clipped = _prepare("hosvd", tensor, ranks, modes)
-    core, factors, _ = _solve(checked, clipped, _hosvd64)
+    core, factors, _ = solve_in_memory_order(checked, clipped, hosvd64)
     return HOSVDResult(*_cast(tensor, core, factors))
 
 
@@ -192,7 +194,9 @@ def hooi(
     if max_sweeps < 1:
         raise ValueError(f"hooi: max_sweeps must be at least 1, got {max_sweeps}")
     checked, clipped = _prepare("hooi", tensor, ranks, modes)
-    core, factors, errors = _solve(checked, clipped, lambda a, r: _hooi64(a, r, tol, max_sweeps))
+    core, factors, errors = solve_in_memory_order(
+        checked, clipped, lambda a, r: hooi64(a, r, tol, max_sweeps)
+    )
     return HOOIResult(*_cast(tensor, core, factors), errors)
 
 
@@ -222,7 +226,7 @@ def tucker2(
         1: check_rank(rank_in, checked.shape[1], "tucker2: rank_in"),
     }
     limit = _sweep_limit(checked.shape, ranks)
-    solver = _hosvd64 if method == "hosvd" else (lambda a, r: _hooi64(a, r, 1e-5, limit))
-    core, factors, errors = _solve(checked, ranks, solver)
+    solver = hosvd64 if method == "hosvd" else (lambda a, r: hooi64(a, r, 1e-5, limit))
+    core, factors, errors = solve_in_memory_order(checked, ranks, solver)
     core, factors = _cast(weight, core, factors)
     return Tucker2Factors(core, factors[0], factors[1], errors[-1])

@@ -138,3 +138,16 @@ def squared_norm(tensor: Tensor) -> float:
     """`‖A‖²` accumulated in float64, a block at a time."""
     parts = (part.double() for part in tensor.reshape(-1).split(BLOCK_ELEMENTS))
     return sum(float(torch.dot(part, part)) for part in parts)
+
+
+def residual_of_product(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    """`‖A − left @ right‖²` in float64, by blocks of rows: a difference of norms would cancel where it is
+    small.
+
+    A is [m, n], left [m, q], right [q, n]; m·n·q multiply-adds.
+    """
+    step = max(1, BLOCK_ELEMENTS // matrix.shape[1])
+    return sum(
+        squared_norm(matrix[i : i + step].double() - left[i : i + step] @ right)
+        for i in range(0, matrix.shape[0], step)
+    )

@@ -10,7 +10,7 @@ import torch
 
 from tensorcomp_ext import decompose
 from tensorcomp_ext.decompose import svd as svd_module
-from tensorcomp_ext.decompose import tucker as tucker_module
+from tensorcomp_ext.decompose.tucker import _sweep_limit
 
 KERNELS = [
     (6, 5, 3),
@@ -189,9 +189,9 @@ def test_zero_weight():
 
 
 def test_sweep_limit_binds_only_huge_kernels():
-    assert tucker_module._sweep_limit((512, 512, 3, 3), {0: 256, 1: 256}) == 100
-    assert tucker_module._sweep_limit((4096, 4096, 3, 3), {0: 256, 1: 256}) < 10
-    assert tucker_module._sweep_limit((8192, 8192, 3, 3), {0: 4096, 1: 4096}) == 2
+    assert _sweep_limit((512, 512, 3, 3), {0: 256, 1: 256}) == 100
+    assert _sweep_limit((4096, 4096, 3, 3), {0: 256, 1: 256}) < 10
+    assert _sweep_limit((8192, 8192, 3, 3), {0: 4096, 1: 4096}) == 2
 
 
 class TestBadInput:
