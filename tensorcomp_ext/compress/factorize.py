@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tensorcomp_ext.compress.calls import Call
 from tensorcomp_ext.compress.report import LayerReport
-from tensorcomp_ext.compress.selection import by_name, weight_numel
+from tensorcomp_ext.compress.selection import by_name, format_and_options, weight_numel
 from tensorcomp_ext.formats import get_format
 from tensorcomp_ext.nn import (
     FactorizedConv1d,
@@ -22,6 +22,7 @@ from tensorcomp_ext.nn import (
     FactorizedLayer,
     FactorizedLinear,
 )
+from tensorcomp_ext.nn.base import STRUCTURE
 from tensorcomp_ext.ranks import resolve_rank
 
 _CONVOLUTIONS: dict[type, Any] = {
@@ -39,7 +40,13 @@ class Choice:
     layer: Any  # a torch.nn layer; mypy takes the attributes of a Module for tensors
     format: str
     rank: int | tuple[int, ...]
+    options: dict[str, Any]
     explicit: bool
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """The options that say how the weight is folded."""
+        return {key: self.options[key] for key in STRUCTURE if self.options.get(key) is not None}
 
 
 def not_called(name: str, calls: Mapping[str, list[Call]] | None) -> str | None:
@@ -56,7 +63,9 @@ def skipped_entry(name: str, layer: nn.Module, reason: str, **fields: Any) -> La
 def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call]) -> Choice | str:
     """What a layer becomes, or why it stays."""
     convolution = isinstance(layer, _ConvNd)
-    chosen = by_name(format, name, layer) if isinstance(format, Mapping) else format
+    chosen, options = format_and_options(
+        by_name(format, name, layer) if isinstance(format, Mapping) else format
+    )
     chosen = chosen or ("tucker2" if convolution else "svd")
     if ("conv" if convolution else "linear") not in get_format(chosen).layers:
         return f"format {chosen!r} is not for {type(layer).__name__}"
@@ -66,11 +75,22 @@ def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call])
     weight = layer.weight.detach()
     if not torch.isfinite(weight).all():
         raise ValueError(f"compress: the weight of layer {name!r} has NaN or Inf; nothing was replaced")
+    explicit = isinstance(spec, (int, tuple, list))
+    choice = Choice(name, layer, chosen, 0, options, explicit)
     try:
-        resolved = resolve_rank(spec, weight, chosen, name=name, pixels=_pixels(layer, calls))
+        choice.rank = _rank(choice, spec, weight, _pixels(layer, calls))
     except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
         raise _named(error, name) from error
-    return Choice(name, layer, chosen, resolved, isinstance(spec, (int, tuple, list)))
+    return choice
+
+
+def _rank(choice: Choice, spec: Any, weight: torch.Tensor, pixels: tuple[int, int]) -> int | tuple[int, ...]:
+    """The rank of a layer: explicit ones as the format checks them, where it folds the weight."""
+    structure = choice.structure
+    if choice.explicit and choice.format not in ("tucker2", "svd"):
+        given = tuple(spec) if isinstance(spec, list) else spec
+        return get_format(choice.format).check_rank(tuple(weight.shape), given, **structure)
+    return resolve_rank(spec, weight, choice.format, name=choice.name, pixels=pixels, **structure)
 
 
 def _pixels(layer: nn.Module, calls: Sequence[Call]) -> tuple[int, int]:
@@ -93,7 +113,9 @@ def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
     layer = choice.layer
     dense = layer.weight.numel()
     ranks = (choice.rank,) if isinstance(choice.rank, int) else tuple(choice.rank)
-    shapes = get_format(choice.format).factor_shapes(tuple(layer.weight.shape), choice.rank)
+    shapes = get_format(choice.format).factor_shapes(
+        tuple(layer.weight.shape), choice.rank, **choice.structure
+    )
     stored = sum(math.prod(shape) for shape in shapes)
     remark = (
         f"{stored:,} parameters in {choice.format} at rank {'×'.join(map(str, ranks))}, dense has {dense:,}"
@@ -105,9 +127,10 @@ def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
         ), None
     try:
         if isinstance(layer, nn.Linear):
-            new: FactorizedLayer = FactorizedLinear.from_linear(layer, format=choice.format, rank=choice.rank)
+            make: Any = FactorizedLinear.from_linear
         else:
-            new = _CONVOLUTIONS[type(layer)].from_conv(layer, format=choice.format, rank=choice.rank)
+            make = _CONVOLUTIONS[type(layer)].from_conv
+        new: FactorizedLayer = make(layer, format=choice.format, rank=choice.rank, **choice.options)
     except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
         raise _named(error, choice.name) from error
     with torch.no_grad():

@@ -189,6 +189,20 @@ def require_matches(patterns: Iterable[str], names: Sequence[str], argument: str
             )
 
 
+def format_and_options(value: Any) -> tuple[str | None, dict[str, Any]]:
+    """A format as ``compress`` takes it, a name or a name with options, as both. TypeError for others."""
+    if value is None or isinstance(value, str):
+        return value, {}
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], Mapping)
+    ):
+        return value[0], dict(value[1])
+    raise TypeError(f"compress: format must be a name, (name, options) or a mapping to these, got {value!r}")
+
+
 def by_name(mapping: Mapping[Any, Any], name: str, module: nn.Module) -> Any:
     """The value of the first key that fits, a name pattern or a layer type; "*" comes last. Else None."""
     for key, value in mapping.items():

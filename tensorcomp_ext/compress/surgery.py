@@ -18,6 +18,7 @@ from tensorcomp_ext.compress.selection import (
     Uses,
     as_patterns,
     considered,
+    format_and_options,
     matches,
     refusal,
     require_matches,
@@ -27,6 +28,7 @@ from tensorcomp_ext.formats import get_format
 from tensorcomp_ext.ranks import VBMF, RankSpec, parse_rank
 
 Progress = Callable[[int, int, str], None]
+FormatSpec = str | tuple[str, Mapping[str, Any]]
 
 
 class CompressionResult(NamedTuple):
@@ -38,7 +40,7 @@ class CompressionResult(NamedTuple):
 
 def compress(
     model: nn.Module,
-    format: str | Mapping[Any, str] | None = None,
+    format: FormatSpec | Mapping[Any, FormatSpec] | None = None,
     rank: RankSpec | None = None,
     example_inputs: Any = None,
     layers: str | Iterable[str] | None = None,
@@ -54,8 +56,9 @@ def compress(
     the replaced layers stay. The weights become other Parameters, so an optimizer has to be made anew.
 
     Args:
-        format: a format name, or a mapping from layer type or name pattern to a name, first fit; where it
-            says nothing convolutions become "tucker2" and linear layers "svd".
+        format: a format name, or ``(name, options)`` with options such as ``in_modes`` of the format and
+            those of its decomposition, or a mapping from layer type or name pattern to one of these, first
+            fit; where it says nothing convolutions become "tucker2" and linear layers "svd".
         rank: an int, a tuple (``(R_out, R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense
             weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, text as ``ranks.parse_rank``
             takes it ("vbmf", "energy:0.95", "16,24"), or a mapping from name pattern to one of these,
@@ -158,9 +161,8 @@ def _check_patterns(
         require_matches(as_patterns(rank.keys(), "rank"), names, "rank")
     if isinstance(format, Mapping):
         require_matches([key for key in format if isinstance(key, str)], names, "format")
-    elif not isinstance(format, (str, type(None))):
-        raise TypeError(f"compress: format must be a name or a mapping to names, got {type(format).__name__}")
-    for name in format.values() if isinstance(format, Mapping) else [format]:
+    for value in format.values() if isinstance(format, Mapping) else [format]:
+        name, _ = format_and_options(value)
         if name is not None:
             get_format(name)
 

@@ -11,10 +11,9 @@ from string import ascii_letters
 import torch
 from torch import Tensor
 
-Labels = tuple[int, ...]
+from ..ops._contraction import Structure, merge_plan
 
-EXHAUSTIVE = 8
-"""Tensors up to which every order is tried; of more, only neighbours in their order, taken as a ring."""
+Labels = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,6 @@ def contraction(
     """The cheapest contraction of tensors with these labels to a tensor with the labels ``result``.
 
     A label may occur in any number of tensors and is summed over once, as in einsum.
-
-    Cost of the search: at most ``4^n`` for n tensors up to ``EXHAUSTIVE``, else ``n^4``.
     """
     present = sorted({label for group in labels for label in group})
     return _planned(tuple(map(tuple, labels)), tuple((k, sizes[k]) for k in present), tuple(result))
@@ -64,12 +61,14 @@ def _planned(labels: tuple[Labels, ...], sizes: tuple[tuple[int, int], ...], res
         order = [place for place, label in enumerate(group) if label not in result]
         order += [group.index(label) for label in result]
         return Contraction((), 0, tuple(order), len(result))
-    tree = _cheapest(labels, size, frozenset(result))
+    tree = merge_plan(Structure(labels, sizes, result, ()), tuple(range(len(labels)))).pairs
     steps: list[tuple[int, int, str]] = []
-    held: list[tuple[int, Labels]] = [(1 << place, group) for place, group in enumerate(labels)]
+    held: list[tuple[frozenset[int], Labels]] = [
+        (frozenset([place]), group) for place, group in enumerate(labels)
+    ]
     macs = 0
     for left, right in tree:
-        places = sorted((_place(held, left), _place(held, right)))
+        places = sorted((_place(held, frozenset(left)), _place(held, frozenset(right))))
         (_, a), (_, b) = held[places[0]], held[places[1]]
         del held[places[1]], held[places[0]]
         needed = set(result).union(*(group for _, group in held))
@@ -79,61 +78,9 @@ def _planned(labels: tuple[Labels, ...], sizes: tuple[tuple[int, int], ...], res
         letters = dict(zip(union, ascii_letters, strict=False))
         spelled = ["".join(letters[label] for label in group) for group in (a, b, kept)]
         steps.append((places[0], places[1], f"{spelled[0]},{spelled[1]}->{spelled[2]}"))
-        held.append((left | right, kept))
+        held.append((frozenset(left + right), kept))
     return Contraction(tuple(steps), macs, None, len(result))
 
 
-def _place(held: Sequence[tuple[int, Labels]], subset: int) -> int:
-    return next(place for place, (found, _) in enumerate(held) if found == subset)
-
-
-def _cheapest(
-    labels: tuple[Labels, ...], size: Mapping[int, int], result: frozenset[int]
-) -> list[tuple[int, int]]:
-    """Pairs of subsets (bit masks of tensors) in the order in which they are merged."""
-    count = len(labels)
-    groups = [frozenset(group) for group in labels]
-    open_labels = {1 << place: groups[place] for place in range(count)}
-    cost: dict[int, int] = dict.fromkeys(open_labels, 0)
-    split: dict[int, tuple[int, int]] = {}
-    by_size: list[list[int]] = [[], list(open_labels)]
-    arcs = None if count <= EXHAUSTIVE else _arcs(count)
-
-    def outside(subset: int) -> frozenset[int]:
-        return result.union(*(groups[place] for place in range(count) if not subset >> place & 1))
-
-    for total in range(2, count + 1):
-        found: dict[int, None] = {}
-        for part in range(1, total // 2 + 1):
-            for a in by_size[part]:
-                for b in by_size[total - part]:
-                    merged = a | b
-                    if a & b or (arcs is not None and merged not in arcs):
-                        continue
-                    union = open_labels[a] | open_labels[b]
-                    price = cost[a] + cost[b] + math.prod(size[label] for label in union)
-                    if merged not in cost or price < cost[merged]:
-                        cost[merged], split[merged] = price, (a, b)
-                        if merged not in found:
-                            open_labels[merged] = union & outside(merged)
-                            found[merged] = None
-        by_size.append(list(found))
-    order: list[tuple[int, int]] = []
-
-    def descend(subset: int) -> None:
-        if subset in split:
-            for part in split[subset]:
-                descend(part)
-            order.append(split[subset])
-
-    descend((1 << count) - 1)
-    return order
-
-
-def _arcs(count: int) -> set[int]:
-    """Bit masks of neighbours on a ring of ``count``."""
-    return {
-        sum(1 << (start + step) % count for step in range(length))
-        for start in range(count)
-        for length in range(1, count + 1)
-    }
+def _place(held: Sequence[tuple[frozenset[int], Labels]], group: frozenset[int]) -> int:
+    return next(place for place, (found, _) in enumerate(held) if found == group)

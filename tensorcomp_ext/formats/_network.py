@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from .. import decompose
 from ._contraction import contraction
 from ._modes import Folding, fold
 from .base import Format, Rank, as_parameter, check_factor, clip_rank
 from .forms import Network
-
-algorithms: Any = decompose
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..decompose import cp_als
 from ._modes import Folding
-from ._network import NetworkFormat, Part, Wiring, algorithms
+from ._network import NetworkFormat, Part, Wiring
 from .base import Rank, register_format
 from .forms import BottleneckConv, Network
 
@@ -78,7 +79,7 @@ class CP(NetworkFormat):
     def decompose(
         cls, tensor: Tensor, folding: Folding, ranks: tuple[int, ...], **options: Any
     ) -> Sequence[Tensor]:
-        return algorithms.cp_als(tensor, ranks[0], **options).factors
+        return cp_als(tensor, ranks[0], **options).factors
 
     @property
     def tap_factors(self) -> tuple[Tensor, ...]:

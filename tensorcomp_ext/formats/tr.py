@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..decompose import tensor_ring
 from ._chains import ChainFormat, chained, ring_limits, without_last
 from ._modes import Folding
-from ._network import algorithms
 from .base import register_format
 
 
@@ -52,4 +52,4 @@ class TR(ChainFormat):
     def decompose(
         cls, tensor: Tensor, folding: Folding, ranks: tuple[int, ...], **options: Any
     ) -> Sequence[Tensor]:
-        return algorithms.tensor_ring(chained(tensor, folding), ranks, **options).cores
+        return tensor_ring(chained(tensor, folding), ranks, **options).cores

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..decompose import tr_matrix
 from ._chains import ring_limits, without_last
 from ._matrix_chains import MatrixChainFormat
 from ._modes import Folding
-from ._network import algorithms
 from .base import register_format
 from .forms import Network
 
@@ -55,7 +55,7 @@ class TRMatrix(MatrixChainFormat):
         cls, tensor: Tensor, folding: Folding, ranks: tuple[int, ...], **options: Any
     ) -> Sequence[Tensor]:
         outs, ins = folding.out_modes, folding.in_modes
-        return algorithms.tr_matrix(tensor.reshape(math.prod(outs), -1), ranks, outs, ins, **options).cores
+        return tr_matrix(tensor.reshape(math.prod(outs), -1), ranks, outs, ins, **options).cores
 
     def lower(self) -> Network:
         return self.network()

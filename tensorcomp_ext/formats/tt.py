@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..decompose import tt_svd
 from ._chains import ChainFormat, chained, two_sided_limits, without_ones
 from ._modes import Folding
-from ._network import algorithms
 from .base import register_format
 
 
@@ -49,4 +49,4 @@ class TT(ChainFormat):
         cls, tensor: Tensor, folding: Folding, ranks: tuple[int, ...], **options: Any
     ) -> Sequence[Tensor]:
         """TT-SVD."""
-        return algorithms.tt_svd(chained(tensor, folding), ranks).cores
+        return tt_svd(chained(tensor, folding), ranks).cores

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..decompose import tt_svd, ttm_svd
 from ._chains import two_sided_limits, without_ones
 from ._matrix_chains import MatrixChainFormat, sweep_macs
 from ._modes import Folding
-from ._network import Wiring, algorithms
+from ._network import Wiring
 from .base import register_format
 from .forms import Network, TapNetwork
 
@@ -79,12 +80,12 @@ class TTM(MatrixChainFormat):
         """TT-SVD over the pairs of modes."""
         outs, ins = folding.out_modes, folding.in_modes
         if not folding.kernel:
-            return algorithms.ttm_svd(tensor.reshape(math.prod(outs), -1), ranks, outs, ins).cores
+            return ttm_svd(tensor.reshape(math.prod(outs), -1), ranks, outs, ins).cores
         count = len(outs)
         channels = [place for k in range(count) for place in (count + k, k)]
         pairs = [i * o for i, o in zip(ins, outs, strict=True)]
         taps_first = tensor.flatten(2 * count).permute(2 * count, *channels)  # [taps, in_1, out_1, ...]
-        taps, *cores = algorithms.tt_svd(taps_first.reshape(folding.taps, *pairs), ranks).cores
+        taps, *cores = tt_svd(taps_first.reshape(folding.taps, *pairs), ranks).cores
         split = [core.unflatten(1, (i, o)) for core, i, o in zip(cores, ins, outs, strict=True)]
         return [taps[0], *split]
 

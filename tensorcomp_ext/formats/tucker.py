@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..decompose import tucker
 from ._modes import Folding
-from ._network import NetworkFormat, Part, Wiring, algorithms
+from ._network import NetworkFormat, Part, Wiring
 from .base import register_format
 from .forms import BottleneckConv, Network
 
@@ -75,7 +76,7 @@ class Tucker(NetworkFormat):
     def decompose(
         cls, tensor: Tensor, folding: Folding, ranks: tuple[int, ...], **options: Any
     ) -> Sequence[Tensor]:
-        found = algorithms.tucker(tensor, ranks, **options)
+        found = tucker(tensor, ranks, **options)
         return [found.core, *found.factors]
 
     def _side_ranks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -141,7 +141,7 @@ def test_float32_gradients_of_every_plan(pair: Pair) -> None:
             assert relative(f, e) < 1e-4, name
 
 
-@pytest.mark.parametrize("pair", [p for p in PAIRS if p.format not in FOLDED], ids="-".join)
+@every_pair
 def test_conversion_keeps_state(pair: Pair) -> None:
     dense = dense_layer(pair).double().eval()
     assert isinstance(dense.bias, nn.Parameter)
