@@ -35,8 +35,8 @@ def build_embedding(problem: EmbeddingProblem) -> Any:
             dtype=problem.grad.dtype,
             format=case.format,
             rank=rank,
-            in_modes=case.vocab_modes,
-            out_modes=case.dim_modes,
+            in_modes=case.dim_modes,
+            out_modes=case.vocab_modes,
         )
         for parameter, value in zip(layer.weight.factors, problem.weights(), strict=True):
             parameter.copy_(value)

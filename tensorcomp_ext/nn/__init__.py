@@ -2,6 +2,8 @@
 
 from .base import FactorizedLayer, from_config
 from .conv import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d
+from .embedding import FactorizedEmbedding
+from .embedding_bag import FactorizedEmbeddingBag
 from .folded import FoldedLayer, fold_layer
 from .linear import FactorizedLinear
 
@@ -9,6 +11,8 @@ __all__ = [
     "FactorizedConv1d",
     "FactorizedConv2d",
     "FactorizedConv3d",
+    "FactorizedEmbedding",
+    "FactorizedEmbeddingBag",
     "FactorizedLayer",
     "FactorizedLinear",
     "FoldedLayer",

@@ -1,4 +1,4 @@
-"""What linear and convolutional factorized layers share."""
+"""What all factorized layers share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FactorizedLayer(PlannedLayer):
     """A layer with a weight in factors: ``weight`` is the format module, ``bias`` as in torch.nn."""
 
     kind: ClassVar[str]
-    """"conv" or "linear": which formats can hold the weight."""
+    """"conv", "linear" or "embedding": which formats can hold the weight."""
 
     @property
     def format(self) -> str:
@@ -85,7 +85,7 @@ class FactorizedLayer(PlannedLayer):
 
     def _take_dense(self, source: nn.Module, weight: Format) -> None:
         """Put a decomposed weight and the bias and state of the torch.nn layer it came from in place."""
-        dense, bias = source.weight, source.bias
+        dense, bias = source.weight, getattr(source, "bias", None)
         assert isinstance(dense, Tensor)
         self.weight = weight.requires_grad_(dense.requires_grad)
         if isinstance(bias, Tensor):

@@ -6,6 +6,7 @@ A plan is one file with a class under ``@register_plan``; layers know plans only
 from .base import Candidate, Plan, Stage, get_plan, plans_for, register_plan
 from .case import Case
 from .choices import export_choices, import_choices
+from .embedding_geometry import EmbeddingGeometry
 from .geometry import ConvGeometry, Geometry, LinearGeometry
 from .layer import PlannedLayer
 
@@ -24,6 +25,7 @@ __all__ = [
     "Case",
     "ConvGeometry",
     "Dense",
+    "EmbeddingGeometry",
     "Fused",
     "Geometry",
     "LayerTuning",

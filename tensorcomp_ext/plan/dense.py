@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops import Support
 from .base import Plan, Stage, register_plan
 from .case import Case, autocast_dtype
 from .channels_last import laid_out, weight_layout
+from .embedding import dense_stages, dense_support, lookup
 from .geometry import Bound
 from .layer import PlannedLayer
 
@@ -21,7 +23,12 @@ class Dense(Plan):
     def serves(self, layer: PlannedLayer) -> bool:
         return True
 
+    def support(self, layer: PlannedLayer, case: Case) -> Support:
+        return Support(True) if lookup(layer) is None else dense_support(layer, case)
+
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
+        if lookup(layer) is not None:
+            return dense_stages(layer, case)
         shape = layer.weight.shape
         output = layer.geometry.output_shape(case.shape, shape)
         weights, width = math.prod(shape), min(shape[:2])
@@ -57,7 +64,11 @@ class Dense(Plan):
 
             return rebuild
         layout = weight_layout(case)
-        prepared = layer.prepared(
-            f"dense {layout}", dtype, lambda: (laid_out(layer.weight.to_dense().to(dtype), layout),)
-        )
+
+        def make() -> tuple[Tensor, ...]:
+            with torch.autocast(case.device, enabled=False):
+                weight = layer.weight.to_dense().to(dtype)
+            return (laid_out(layer.geometry.prepare(weight), layout),)
+
+        prepared = layer.prepared(f"dense {layout}", dtype, make)
         return layer.geometry.bind(prepared[0])

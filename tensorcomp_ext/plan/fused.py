@@ -9,18 +9,22 @@ from torch import Tensor
 from ..ops import Support
 from .base import Plan, Stage, register_plan
 from .case import Case
+from .embedding import FusedEmbedding
 from .fused_conv import FusedConv
 from .fused_pair import FusedPair
 from .geometry import Bound, FoldedBound
 from .layer import PlannedLayer
 from .training import TrainingCall
 
-_FORMS: tuple[Plan, ...] = (FusedConv(), FusedPair())
+_FORMS: tuple[Plan, ...] = (FusedConv(), FusedPair(), FusedEmbedding())
 
 
 @register_plan("fused")
 class Fused(Plan):
-    """Two-dimensional bottleneck convolutions and two-factor linear layers; inference packs weights once."""
+    """Two-dimensional bottleneck convolutions, two-factor linear layers and embeddings.
+
+    Inference packs the weights of the former two once.
+    """
 
     own_kernels: ClassVar[bool] = True
 

@@ -38,6 +38,10 @@ class Geometry(ABC):
     def bind(self, weight: Tensor) -> Bound:
         """:meth:`apply` with everything but x and bias fixed, for the least overhead."""
 
+    def prepare(self, weight: Tensor) -> Tensor:
+        """A dense weight as :meth:`bind` takes it; not the tensor itself where it is changed."""
+        return weight
+
     @abstractmethod
     def output_shape(self, shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the output for an input of ``shape``."""

@@ -197,7 +197,7 @@ class PlannedLayer(nn.Module, ABC):
         case = self.case(x, training=False)
         bound = plan.bind(self, case)
         dtype = case.torch_dtype
-        if not _is_autocast_enabled(x.device.type):
+        if not _is_autocast_enabled(x.device.type) or not x.is_floating_point():
             return bound
         # Under autocast x may have the computing dtype already, from a layer before, and the bias another.
         return lambda x, bias: bound(x.to(dtype), None if bias is None else bias.to(dtype))
@@ -205,7 +205,9 @@ class PlannedLayer(nn.Module, ABC):
     def case(self, x: Tensor, training: bool | None = None) -> Case:
         """The kind of call that ``x`` makes."""
         dtype, device = x.dtype, x.device.type
-        if dtype != torch.float64:
+        if not dtype.is_floating_point:
+            dtype = self.weight.factors[0].dtype  # of the rows that indices stand for; autocast leaves it
+        elif dtype != torch.float64:
             dtype = autocast_dtype(device) or dtype
         allowed = tf32_state(device)
         return Case(

@@ -12,6 +12,7 @@ from .agree import TRIED_DEVICES
 from .base import Candidate, Plan, get_plan, plans_for
 from .case import Case
 from .cost import predict
+from .embedding import lookup
 
 if TYPE_CHECKING:
     from .layer import PlannedLayer
@@ -133,6 +134,8 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
     for name, _ in tuned.most_common():
         if name in names:
             return name
+    if lookup(layer) is not None:
+        return "fused"  # its op serves every device, and no size of a table is worth a rebuild in a graph
     weight = layer.weight
     if weight.macs(1, 1) >= weight.dense_macs(1):
         return "dense"

@@ -10,6 +10,7 @@ from ..formats import BottleneckConv, TwoFactor
 from .base import Plan, Stage, register_plan
 from .case import Case
 from .channels_last import channels_product, laid_out, takes_products, weight_layout
+from .embedding import lookup, staged_rows, staged_stages
 from .geometry import Bound
 from .layer import PlannedLayer
 from .parts import is_plain
@@ -19,14 +20,20 @@ from .parts import is_plain
 class Staged(Plan):
     """Three library convolutions for a bottleneck convolution, two products for a two-factor weight.
 
+    Of an embedding the slices of every index, and batched products of them.
+
     For channels-last images on CUDA the two pointwise convolutions are matrix products over their memory.
     """
 
     def serves(self, layer: PlannedLayer) -> bool:
+        if lookup(layer) is not None:
+            return True
         form = layer.weight.lower()
         return isinstance(form, TwoFactor) or is_plain(form)
 
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
+        if lookup(layer) is not None:
+            return staged_stages(layer, case)
         form, geometry = layer.weight.lower(), layer.geometry
         entries = math.prod(case.shape)
         output = geometry.output_shape(case.shape, layer.weight.shape)
@@ -56,6 +63,8 @@ class Staged(Plan):
         ]
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
+        if lookup(layer) is not None:
+            return staged_rows(layer, x)
         form, geometry = layer.weight.lower(), layer.geometry
         if isinstance(form, BottleneckConv):
             z = geometry.pointwise(x, form.point_in.t())  # [N, R_in, H, W]
@@ -65,6 +74,8 @@ class Staged(Plan):
         return geometry.pointwise(geometry.pointwise(x, form.b), form.a, layer.bias)
 
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
+        if lookup(layer) is not None:
+            return lambda x, bias: staged_rows(layer, x)
         dtype, geometry = case.torch_dtype, layer.geometry
         form = layer.weight.lower()
         pointwise = geometry.pointwise

@@ -180,7 +180,10 @@ def _measure(
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     unavailable: dict[str, str] = {}
     calls: dict[str, Callable[[], object]] = {}
-    x = sample.input(requires_grad=training)
+    if sample.dtype.is_floating_point:
+        x = sample.input(requires_grad=training)
+    else:  # indices: as different as those of a call
+        x = torch.randint(layer.weight.shape[0], sample.shape, dtype=sample.dtype, device=sample.device)
     for plan in plans_for(layer):
         support = plan.support(layer, sample.case)
         if support.ok:
@@ -215,7 +218,7 @@ def _call(layer: PlannedLayer, name: str, x: Tensor, training: bool) -> Callable
             bound = layer.executor(plan, x)
         bias = layer.bias
         return lambda: bound(x, bias)
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
     with torch.no_grad():
         gradient = torch.ones_like(plan.run(layer, x))
     call = plan.bind_training(layer, layer.case(x, training=True))
