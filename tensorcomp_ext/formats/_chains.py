@@ -14,8 +14,10 @@ from .forms import BottleneckConv, Network
 
 
 class ChainFormat(NetworkFormat):
-    """Cores ``[r, n, r']``: of a matrix over out modes, then in modes; of a kernel over in modes, taps, out
-    modes, the taps merged into one mode."""
+    """Cores ``[r, n, r']``, of a matrix over out modes, then in modes.
+
+    Of a kernel they are over in modes, taps (merged into one mode) and out modes.
+    """
 
     layers: ClassVar[frozenset[str]] = frozenset({"conv", "linear"})
     closed: ClassVar[bool]
@@ -72,8 +74,11 @@ class ChainFormat(NetworkFormat):
         return ring, cores[before].shape[0], cores[before].shape[2]
 
     def macs(self, in_positions: int, out_positions: int) -> int:
-        """Of a matrix merged into two factors ``rows R_0 R_m (M + N)``, R_m being the rank between out modes
-        and in modes; of a kernel ``HW S R_0 A + H'W' R_0 B (prod(k) A + T)``. R_0 of a train is 1."""
+        """Of a matrix ``rows R_0 R_m (M + N)``, of a kernel ``HW S R_0 A + H'W' R_0 B (prod(k) A + T)``.
+
+        R_m is the rank between out modes and in modes, where a matrix parts into two merged factors; A and B
+        are the ranks before and after the taps. R_0 of a train is 1. The merges are not counted.
+        """
         ring, a, b = self._middle_ranks()
         rows, columns, taps = self.shape[0], self.shape[1], self.folding.taps
         if not self.folding.kernel:

@@ -14,8 +14,7 @@ from .forms import Network, TwoFactor
 def two_factor(network: Network) -> TwoFactor | None:
     """``W = a b`` with all output modes in a and all input modes in b; None where a core has modes of both.
 
-    Cores with modes of neither, as Tucker's, go to the side that leaves the smaller rank. Differentiable;
-    the merges cost less than the matrices have entries times their rank.
+    Cores with modes of neither, as Tucker's, go to the side that leaves the smaller rank. Differentiable.
     """
     outputs, inputs = set(network.outputs), set(network.inputs)
     left: list[int] = []

@@ -90,8 +90,10 @@ class TTM(MatrixChainFormat):
         return [taps[0], *split]
 
     def macs(self, in_positions: int, out_positions: int) -> int:
-        """A sweep over the in modes, as of every chain of pairs; of a kernel
-        ``H'W' S prod(k) R_0`` for the taps and then the sweep at every output position."""
+        """A sweep over the in modes, as of every chain of pairs.
+
+        Of a kernel ``H'W' S prod(k) R_0`` for the taps, then the sweep at every output position.
+        """
         if not self.folding.kernel:
             return super().macs(in_positions, out_positions)
         folding, (taps, *cores) = self.folding, self.factors

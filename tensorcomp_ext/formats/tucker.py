@@ -85,8 +85,10 @@ class Tucker(NetworkFormat):
         return self.ranks[:outs], self.ranks[outs : outs + ins]
 
     def macs(self, in_positions: int, out_positions: int) -> int:
-        """Of a kernel as Tucker-2 with the taps merged into the core; of a matrix the factors of the in modes
-        one after another, the core, and the factors of the out modes."""
+        """Of a kernel those of Tucker-2 with the taps merged into the core.
+
+        Of a matrix the factors of the in modes one after another, the core, and the factors of the out modes.
+        """
         folding, (out_ranks, in_ranks) = self.folding, self._side_ranks()
         a, b = math.prod(in_ranks), math.prod(out_ranks)
         if folding.kernel:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import CP, BottleneckConv, Network, TapNetwork, TwoFactor, two_factor
+from ..formats._contraction import contraction
 
 if TYPE_CHECKING:
     from .conv import _FactorizedConv
@@ -78,8 +79,6 @@ def _tap_convolutions(form: TapNetwork, every: tuple[int, ...]) -> list[Convolut
 
 
 def _matrix(network: Network) -> Tensor:
-    from ..formats._contraction import contraction
-
     whole = contraction(network.labels, network.sizes, network.outputs + network.inputs)
     rows = math.prod(network.sizes[label] for label in network.outputs)
     return whole(network.cores).reshape(rows, -1)
