@@ -98,7 +98,8 @@ def bottleneck_conv2d(
 
     ``y[n,t] = bias[t] + sum_qb factor_out[t,qB+b] conv2d(u[n,q], core)[b]`` with
     ``u[n,q,a] = sum_s factor_in[s,qA+a] x[n,s]``, ``q < ring``. The core is the same for every ring index;
-    ``ring=1`` is the Tucker-2 convolution.
+    ``ring=1`` is the Tucker-2 convolution. In bfloat16, odd ranks of a ring are padded with zeros: an
+    infinity may come out as NaN.
 
     Args:
         x: input ``[N, C_in, H, W]``, contiguous, channels-last or any strides.

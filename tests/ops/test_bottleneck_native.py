@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,24 @@ def test_an_infinity_stays_in_its_own_image(isa: str, dtype: torch.dtype) -> Non
         y = bottleneck_conv.bottleneck_conv2d(*arguments, backend="native")
         assert not y[0, :, 3, 3].isfinite().any()
         assert y[1].isfinite().all() and y[0, :, 0].isfinite().all()
+
+
+def test_reads_nothing_beside_its_tensors(repository: Path) -> None:
+    """Every tensor at the very end, then at the very start, of the memory the process may read."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("mmap and mprotect are called as on Linux")
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(repository), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(folder / "bottleneck_guarded.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr or f"killed by signal {-run.returncode}"
+    assert int(run.stdout) > 0
 
 
 def test_schemas_in_python_are_the_librarys(repository: Path) -> None:

@@ -265,8 +265,7 @@ class RowBands : public BackwardStages<T> {
       multiply<AOrder::kAlongM, true, FloatDot>(m);
       for (int64_t i = 0; i < count && count > 1; ++i) {
         for (int64_t q = 0; q < rank; ++q)
-          __builtin_memcpy(to + (r + i) * to_row + q * pitch, flat + q * g_.flat_pitch + i * width,
-                           static_cast<size_t>(used) * 4);
+          copy_words(flat + q * g_.flat_pitch + i * width, used, to + (r + i) * to_row + q * pitch);
       }
     }
   }

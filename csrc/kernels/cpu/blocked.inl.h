@@ -13,6 +13,13 @@ inline int64_t padded_columns(int64_t columns) { return unit_count(columns) * kU
 
 inline void clear(float* words, int64_t n) { __builtin_memset(words, 0, static_cast<size_t>(n) * 4); }
 
+// Short runs: a call of memcpy would cost as much as the copy.
+inline void copy_words(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + Wide::kLanes <= n; i += Wide::kLanes) Wide::load(from + i).store(to + i);
+  if (i < n) Wide::load_first(from + i, static_cast<int>(n - i)).store_first(to + i, static_cast<int>(n - i));
+}
+
 struct Product {
   // Rows come in segments (image rows); `rows` of them each.
   int64_t segments = 1, rows = 0;

@@ -131,13 +131,16 @@ class BottleneckForward : public BottleneckEnter<T> {
     }
   }
 
-  // While the core runs, the lines of the next window's input rows and of the output rows to be stored travel.
+  // While the core runs, the lines of the next window's input rows and of the output rows to be stored travel. A
+  // depthwise core is too short for that: there it is while the last stage runs, for the output rows after its own.
   void ask_ahead(int64_t n, int64_t x_first, int64_t x_rows, int64_t y_first, int64_t y_rows) {
     read_ = write_ = Prefetch{};
     if (x_first >= 0 && x_first < p_.height) {
       const int64_t rows = x_first + x_rows < p_.height ? x_rows : p_.height - x_first;
       read_ = lines_of(this->x_row(n, x_first), p_.x_strides, rows * p_.width, s_.c_in);
     }
+    if (s_.depthwise) y_first += y_rows;
+    if (y_first + y_rows > p_.out_height) return;
     const E* y = static_cast<const E*>(p_.y) + n * p_.y_strides.n + y_first * p_.y_strides.h;
     write_ = lines_of(y, p_.y_strides, y_rows * p_.out_width, s_.c_out);
   }
@@ -215,12 +218,7 @@ class BottleneckForward : public BottleneckEnter<T> {
     d.taps = tap_count_;
     d.z_tap = taps_a_;
     d.w_tap = taps_b_;
-    Prefetch read = read_, write = write_;  // a row's share
-    read.count = (read.count + rows - 1) / rows;
-    write.count = (write.count + rows - 1) / rows;
     for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
-      fetch(read, i);
-      fetch(write, i);
       d.z = z + i * p_.stride_h * g_.z_row;
       if (g_.core_rows) {
         d.weights = w_ + l_.core_rows;
@@ -262,7 +260,7 @@ class BottleneckForward : public BottleneckEnter<T> {
         multiply<AOrder::kAlongM, false, Dot>(m, part, parts);
       } else {
         m.a_row = g_.words_out * 4;
-        multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+        last_product(m, part, parts);
       }
       return;
     }
@@ -282,7 +280,17 @@ class BottleneckForward : public BottleneckEnter<T> {
     m.columns = pixels;
     m.init_mode = Init::kRows;
     m.c_row = p_.y_strides.c * kBytes;
-    multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+    last_product(m, part, parts);
+  }
+
+  void last_product(Product& m, int64_t part, int64_t parts) const {
+    if (!s_.depthwise || !g_.streams) {
+      multiply<AOrder::kAlongK, false, Dot>(m, part, parts);
+      return;
+    }
+    m.read = read_;
+    m.write = write_;
+    multiply<AOrder::kAlongK, false, Dot, true>(m);
   }
 
   float *v_, *v_other_;

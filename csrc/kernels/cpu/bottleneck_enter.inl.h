@@ -138,8 +138,7 @@ class BottleneckEnter {
         const float* from = to + i * p_.width;
         if (g_.core_rows) {
           for (int64_t r = 0; r < words; ++r)
-            __builtin_memcpy(z + (begin + r) * g_.z_pitch + p_.pad_left, from + r * g_.flat_pitch,
-                             static_cast<size_t>(g_.z_used) * 4);
+            copy_words(from + r * g_.flat_pitch, g_.z_used, z + (begin + r) * g_.z_pitch + p_.pad_left);
         } else {
           transpose_words(from, g_.flat_pitch, words, g_.z_used, z + p_.pad_left * g_.words_mid + begin, g_.words_mid);
         }

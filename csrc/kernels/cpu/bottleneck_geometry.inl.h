@@ -80,6 +80,8 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   if (g.block > p.out_height) g.block = p.out_height;
 
   g.z_pitch = round_up(g.z_width, 16) + 16;
+  // A ring's rows are long: no word more than the core's vectors read.
+  if (s.ring > 1) g.z_pitch = round_up(g.z_width - p.out_width + round_up(p.out_width, 16), 16);
   g.z_row = g.core_rows ? g.words_mid * g.z_pitch : round_up(g.z_width * g.words_mid, 16);
   const int64_t rows_per_thread = (p.batch * p.out_height + threads - 1) / threads;
   g.phased = threads > 1 && rows_per_thread < 8;
@@ -99,6 +101,11 @@ inline BottleneckGeometry bottleneck_geometry(const BottleneckConvParams& p, int
   // In rows form x is multiplied some image rows at a time, so that narrow images fill the vectors too.
   const bool dense_rows = p.x_strides.h == p.width && g.z_used == p.width;
   g.in_block = g.x_rows && dense_rows && p.width > 0 && p.width < 32 ? (32 + p.width - 1) / p.width : 1;
+  // Some rows more where they fill the vectors.
+  for (int64_t rows = g.in_block + 1; g.in_block > 1 && rows < 2 * g.in_block && rows <= p.height; ++rows) {
+    if (g.in_block * p.width % kUnit == 0 || rows * p.width % kUnit) continue;
+    g.in_block = rows;
+  }
   if (g.phased && g.in_block > 1) g.in_block = p.height;
   g.flat_pitch = round_up(g.in_block * p.width, 16) + 16;
 
