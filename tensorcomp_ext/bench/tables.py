@@ -17,6 +17,18 @@ def time_us(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
+def noisy(row: dict[str, Any]) -> bool:
+    """Whether a time varied so much, its 90th percentile above twice the median, that no ratio can be read
+    from the row: ours, or that of the library's ways it is compared with."""
+    named = {row.get("headline", "ours layer"), row.get("best_stages"), row.get("best_dense")}
+    named |= {"dense eager", "ours tuned eager"} if "over_dense" in row else set()
+    return any(
+        c["name"] in named and c.get("p90_us", 0) > 2 * c["median_us"]
+        for c in row["candidates"]
+        if "median_us" in c
+    )
+
+
 def row_line(row: dict[str, Any]) -> str:
     """One measured row on one line, of any suite."""
     if "network" in row["case"]:
@@ -42,6 +54,8 @@ def row_line(row: dict[str, Any]) -> str:
             parts.append(f"{other} {time_us(found['median_us'])} us {number(found['over_stages'])}x")
     if row.get("memory"):
         parts.append(f"memory {number(row['memory']['ratio'])}x")
+    if noisy(row):
+        parts.append("NOISY: something else ran on the machine")
     left_out = [c["name"] for c in row["candidates"] if c["error"]]
     if left_out:
         parts.append(f"left out: {', '.join(left_out)}")
@@ -60,8 +74,9 @@ def _network_line(row: dict[str, Any]) -> str:
     ]
     ratios = ", ".join(f"{number(ratio)}x {mode}" for mode, ratio in row["over_dense"].items())
     plans = "; ".join(dict.fromkeys(c["plan"] for c in row["candidates"] if c.get("plan")))
+    noise = " NOISY: something else ran on the machine" if noisy(row) else ""
     slower = "" if row["never_slower"] else " SLOWER THAN DENSE"
-    return f"{head}: {'; '.join(parts)}; over dense {ratios} ({plans}){slower}"
+    return f"{head}: {'; '.join(parts)}; over dense {ratios} ({plans}){slower}{noise}"
 
 
 def summary_table(results: dict[str, Any], *, cases: bool = True) -> Table:
@@ -141,7 +156,7 @@ def rows_table(results: dict[str, Any], dtype: str, direction: str, threads: int
         stages, dense = by_name.get(row["best_stages"]), by_name.get(row["best_dense"])
         body.append(
             [
-                row["label"],
+                row["label"] + (" (noisy)" if noisy(row) else ""),
                 f"{time_us(ours['median_us'])} ({time_us(ours['p10_us'])}–{time_us(ours['p90_us'])})",
                 row["best_stages"] or "–",
                 time_us(stages["median_us"]) if stages else "–",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table as RichTable
 
+from tensorcomp_ext import data, models
 from tensorcomp_ext.bench import (
     SUITES,
     Settings,
@@ -30,6 +31,7 @@ from tensorcomp_ext.bench.tables import (
     summary_table,
 )
 from tensorcomp_ext.cli.common import Screen
+from tensorcomp_ext.cli.sweep import RANKS, run_sweep
 
 _STDOUT = Path("-")
 
@@ -64,6 +66,23 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few small cases, few samples: does it run?")
     ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help=f"Compress this network at several ranks instead: {', '.join(models.names())}."),
+    ] = None,
+    rank: Annotated[
+        list[str] | None, typer.Option(help=f"Ranks of --sweep, repeated. By default {', '.join(RANKS)}.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Trained weights for --sweep.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data", exists=True, file_okay=False, help="Data set of --sweep: adds accuracy."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help=f"Its name: {', '.join(data.names())}.")] = "cifar10",
+    batch: Annotated[int, typer.Option(min=1, help="Batch of --sweep.")] = 1,
+    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Report of --sweep.")] = None,
     against: Annotated[
         Path | None, typer.Option("--compare", help="Results of an earlier run: print what changed.")
     ] = None,
@@ -74,6 +93,9 @@ def bench(
     """Measure our ops and layers against the best torch can do, interleaved, and against the machine's
     roofline."""
     screen = Screen(as_json == _STDOUT)
+    if sweep is not None:
+        run_sweep(screen, sweep, rank, weights, (dataset, data_dir), batch, seconds, html, as_json)
+        return
     earlier = read_results(against) if against else None
     settings = Settings(
         suite=suite,

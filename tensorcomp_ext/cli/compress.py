@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,10 @@ from tensorcomp_ext.cli.common import (
     warn_of_loss,
 )
 from tensorcomp_ext.cli.html import write_report
+from tensorcomp_ext.cli.spectra import add_spectra
 from tensorcomp_ext.compress.latency import Latency, faster, measure_network
 from tensorcomp_ext.compress.measure import refresh
+from tensorcomp_ext.compress.report import Report
 from tensorcomp_ext.compress.storage import read_header, save
 from tensorcomp_ext.compress.surgery import compress as compress_network
 from tensorcomp_ext.formats import format_names
@@ -95,8 +98,8 @@ def compress(
     for path in (output, html):
         _check_folder(path)
     screen = Screen(as_json)
-    images = _images(model, dataset, data_dir, train=recalibrate or finetune_epochs > 0)
-    dense, images, options = _trained(model, weights, images)
+    images = load_images(model, dataset, data_dir, train=recalibrate or finetune_epochs > 0)
+    dense, images, options = load_network(model, weights, images)
     if channels_last:
         dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dense.eval()
@@ -128,7 +131,9 @@ def compress(
             _finetune(screen, small, images, finetune_epochs, lr, seed, channels_last)
             _score(screen, summary, "finetuned", small, images, channels_last)
     small.eval()
-    if tune:
+    if not report.replaced:
+        warnings.warn(_nothing_compressed(report, weights is None), stacklevel=1)
+    elif tune:
         tune_for(screen, small, images, options, model, batches, channels_last)
     with screen.progress("measuring layers") as tick:
         refresh(report, small, inputs, dense, LAYER_SECONDS, tick)
@@ -138,6 +143,8 @@ def compress(
         summary["latency"][str(size)] = {name: value._asdict() for name, value in taken.items()}
     summary["bytes"] = {"before": state_bytes(dense), "after": state_bytes(small)}
     report.details = summary
+    if html is not None:
+        add_spectra(report, dense)
 
     if output is not None:
         meta: dict[str, Any] = {"model": {"name": model, **options}}
@@ -157,20 +164,35 @@ def compress(
     screen.result({**summary, "report": report.to_dict()})
 
 
+def _nothing_compressed(report: Report, untrained: bool) -> str:
+    """Why the network is as it was, and what to do about it."""
+    reasons = Counter(layer.skipped for layer in report.skipped)
+    listed = "; ".join(f"{count} layers: {reason}" for reason, count in reasons.most_common(3))
+    if untrained:
+        advice = (
+            "random weights have no low-rank structure to find: give trained ones with --weights, or ranks "
+            "that do not look at the weights, such as --rank 0.5"
+        )
+    else:
+        advice = "smaller ranks, such as --rank 0.5, would compress it"
+    return f"nothing was compressed and nothing tuned ({listed or 'no layer to compress'}); {advice}"
+
+
 def _check_folder(path: Path | None) -> None:
     """Fail before hours of work rather than after: the file's folder must exist."""
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint="--output, --html")
 
 
-def _images(model: str, dataset: str, root: Path | None, train: bool) -> data.Dataset | None:
+def load_images(model: str, dataset: str, root: Path | None, train: bool) -> data.Dataset | None:
+    """A data set at the size the network takes; None where it needs a folder and there is none."""
     if root is None and dataset != "digits":
         return None
     size = IMAGE_SIZE.get(model, 32)
     return data.load(dataset, root, size=None if dataset == "mnist" and size == 28 else size, train=train)
 
 
-def _trained(
+def load_network(
     name: str, weights: Path | None, images: data.Dataset | None
 ) -> tuple[nn.Module, data.Dataset | None, dict[str, Any]]:
     """The network with its weights, the images normalised as it expects them, and how to build it again."""

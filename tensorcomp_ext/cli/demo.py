@@ -16,6 +16,7 @@ from tensorcomp_ext.cli import plots
 from tensorcomp_ext.cli.common import Screen, check_model, parse_batches, warn_of_loss
 from tensorcomp_ext.cli.compress import IMAGE_SIZE, example, state_bytes, summary_table
 from tensorcomp_ext.cli.html import environment, write_html
+from tensorcomp_ext.cli.spectra import add_spectra
 from tensorcomp_ext.compress.latency import measure_network
 from tensorcomp_ext.compress.measure import refresh
 from tensorcomp_ext.compress.report import Report
@@ -231,6 +232,7 @@ def _run(setting: Setting, dense: nn.Module, name: str, trained: recipes.Accurac
         "latency": latency,
         "bytes": {"before": state_bytes(dense), "after": state_bytes(small)},
     }
+    add_spectra(report, dense)
     path = setting.output / f"{name.replace(' ', '-').lower()}.safetensors"
     save(small, path, report=report, meta=_meta(setting))
     report.details["files"] = {

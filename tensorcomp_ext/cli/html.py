@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tensorcomp_ext.cli import plots
+from tensorcomp_ext.cli import plots, report_plots
 from tensorcomp_ext.cli.info import gather
 from tensorcomp_ext.compress.latency import Latency
 from tensorcomp_ext.compress.report import LayerReport, Report
@@ -60,7 +60,8 @@ def write_html(path: str | Path, results: Mapping[str, Any]) -> None:
             (optional); and, where they are not in the report's details, "accuracy": stage -> {"correct",
             "total"} with the stages before, decomposed, recalibrated, finetuned; "latency": batch size ->
             {"dense", "compressed"} -> {"p10", "p50", "p90"} in seconds; "bytes" and "files": {"before",
-            "after"}.
+            "after"}; "spectra" as `spectra.add_spectra` writes them. "sweep": the points of `sweep.sweep`
+            (optional), in place of runs or beside them.
 
     Raises ValueError where there is no run or a report is none; OSError where the file cannot be written.
     """
@@ -81,8 +82,9 @@ def write_html(path: str | Path, results: Mapping[str, Any]) -> None:
 def render(results: Mapping[str, Any]) -> str:
     """The HTML text; arguments and errors of `write_html`."""
     runs = [_Run(run) for run in results.get("runs", ())]
-    if not runs:
-        raise ValueError("write_html: results must hold at least one run")
+    points = list(results.get("sweep") or ())
+    if not runs and not points:
+        raise ValueError("write_html: results must hold at least one run or a sweep")
     with_plots = plots.available()
     templates = Environment(
         loader=PackageLoader("tensorcomp_ext.cli", "."), autoescape=True, undefined=StrictUndefined
@@ -92,7 +94,8 @@ def render(results: Mapping[str, Any]) -> str:
     return templates.get_template("report.html.j2").render(
         title=str(results.get("title", "Compressed networks")),
         description=list(results.get("description", ())),
-        summary=summary,
+        summary=summary if runs else None,
+        sweep=_sweep(points, with_plots) if points else None,
         summary_note=_images(runs),
         runs=[_section(run, f"run-{number}", with_plots) for number, run in enumerate(runs, 1)],
         environment=dict(results.get("environment") or {}),
@@ -114,6 +117,7 @@ class _Run:
 
         self.accuracy, self.latency = entry("accuracy"), entry("latency")
         self.bytes, self.files = entry("bytes"), entry("files")
+        self.spectra = entry("spectra")
 
     def latency_of(self, batch: str, network: str) -> Latency | None:
         taken = self.latency.get(batch, {}).get(network)
@@ -187,7 +191,25 @@ def _section(run: _Run, identity: str, with_plots: bool) -> dict[str, Any]:
             f"model {report.model_ratio:.2f}×; the error is that of the outputs before fine-tuning",
         },
         "plot": Markup(plots.layer_plot(replaced, identity)) if with_plots and replaced else None,
+        "spectra": _spectra(run, identity) if with_plots and run.spectra else None,
     }
+
+
+def _spectra(run: _Run, identity: str) -> Markup:
+    return Markup(report_plots.spectra_plot(run.spectra, f"{identity}-spectra"))
+
+
+def _sweep(points: Sequence[Mapping[str, Any]], with_plots: bool) -> dict[str, Any]:
+    """The points of a sweep: a table of them, and the plot."""
+    rows = []
+    for point in points:
+        small, dense = Latency(**point["latency"]), Latency(**point["dense_latency"])
+        error = point["output_error"]
+        cells = [f"{point['parameters']:,}", _count(point["macs"]), "" if error is None else f"{error:.3f}"]
+        cells += [_accuracy(point.get("accuracy"))[0], _faster(dense, small, "p50")[0]]
+        rows.append({"label": point["rank"], "cells": cells})
+    plot = Markup(report_plots.pareto_plot(points, "sweep-plot")) if with_plots else None
+    return {"rows": rows, "plot": plot}
 
 
 def _layer(layer: LayerReport) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tensorcomp_ext.compress.report import LayerReport
 
 DENSE, COMPRESSED, THIRD = "#8a8a8a", "#2b83ba", "#d7822b"  # apart for colour-blind eyes, in light and dark
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.size": 9,
@@ -54,7 +54,7 @@ def network_plot(
     from matplotlib.figure import Figure
 
     panels = [name for name, data in (("accuracy", accuracy), ("latency", latency)) if data]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * len(panels), 3.0), layout="constrained")
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), index + 1)
@@ -62,7 +62,7 @@ def network_plot(
                 _accuracy(axes, accuracy)
             else:
                 _latency(axes, latency)
-        return _svg(figure, prefix)
+        return svg(figure, prefix)
 
 
 def layer_plot(layers: Sequence[LayerReport], prefix: str) -> str:
@@ -82,7 +82,7 @@ def layer_plot(layers: Sequence[LayerReport], prefix: str) -> str:
     if all(before is not None and after is not None for before, after in timed):
         panels.append(("p50, ms", [b.p50 * 1e3 for b, _ in timed if b], [a.p50 * 1e3 for _, a in timed if a]))
     names = [layer.name or "(model)" for layer in layers]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.26 * len(layers)), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, before_values, after_values) in zip(all_axes, panels, strict=True):
@@ -93,7 +93,7 @@ def layer_plot(layers: Sequence[LayerReport], prefix: str) -> str:
         all_axes[0].set_yticks(range(len(names)), names)
         all_axes[0].invert_yaxis()
         figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        return _svg(figure, prefix)
+        return svg(figure, prefix)
 
 
 def _accuracy(axes: Axes, accuracy: Mapping[str, Mapping[str, float]]) -> None:
@@ -135,7 +135,7 @@ def _latency(axes: Axes, latency: Mapping[str, Mapping[str, tuple[float, float]]
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8)
 
 
-def _svg(figure: Figure, prefix: str) -> str:
+def svg(figure: Figure, prefix: str) -> str:
     """The figure as an SVG element that scales, inherits the text colour and shares no id with another."""
     buffer = io.StringIO()
     empty = {"Date": None, "Creator": None, "Format": None, "Type": None}

@@ -11,7 +11,7 @@ from tensorcomp_ext.bench.cases import case_from_dict
 from tensorcomp_ext.bench.suite import Settings, read_results, run_suite, write_json
 from tensorcomp_ext.bench.suites import SUITES, suite_cases
 from tensorcomp_ext.bench.summary import compare, geometric_mean, summarise_rows
-from tensorcomp_ext.bench.tables import markdown, row_line, summary_table
+from tensorcomp_ext.bench.tables import markdown, noisy, row_line, summary_table
 from tensorcomp_ext.bench.timing import Effort, _rounds, interleave, percentile
 
 SETTINGS = Settings(
@@ -210,3 +210,15 @@ def test_slow_candidates_sit_out(monkeypatch):
     effort = Effort(budget_s=0.0, min_rounds=7, max_rounds=7, warmup_s=0.0)
     timed = interleave({"fast": lambda: 0.001, "even": lambda: 0.009, "slow": lambda: 0.011}, effort)
     assert {name: t.samples for name, t in timed.items()} == {"fast": 7, "even": 7, "slow": 5}
+
+
+@pytest.mark.parametrize(("p90", "expected"), [(15.0, False), (25.0, True)])
+def test_rows_of_a_busy_machine_are_marked(p90, expected):
+    candidates = [
+        {"name": "ours layer", "median_us": 10.0, "p90_us": 10.0},
+        {"name": "stages eager nchw", "median_us": 10.0, "p90_us": p90},
+        {"name": "not compared", "median_us": 10.0, "p90_us": 99.0},
+        {"name": "failed", "error": "y is off"},
+    ]
+    row = {"candidates": candidates, "best_stages": "stages eager nchw", "best_dense": None}
+    assert noisy(row) is expected
