@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tensorcomp_ext.bench.chain_summary import chain_lines
+from tensorcomp_ext.bench.device_summary import network_table, never_slower_line
+from tensorcomp_ext.bench.embedding_summary import embedding_table
 from tensorcomp_ext.bench.suite import read_results
 from tensorcomp_ext.bench.tables import bfloat16_table, markdown, overhead_table, rows_table, summary_table
 
@@ -50,7 +53,14 @@ def conditions(results: dict[str, Any]) -> str:
 def latency_section(results: dict[str, Any]) -> str:
     """One run of a latency suite: conditions, summary, bfloat16, call overhead, then every row folded
     away."""
-    parts = [conditions(results), markdown(summary_table(results))]
+    parts = [conditions(results)]
+    if results["suite"] == "network":
+        return "\n\n".join([*parts, never_slower_line(results), markdown(network_table(results))])
+    parts.append(markdown(summary_table(results)))
+    if results["suite"] == "embedding":
+        parts.append(markdown(embedding_table(results)))
+    if lines := chain_lines(results):
+        parts.append("\n".join(f"- {line}" for line in lines))
     if results["summary"]["bfloat16"]:
         parts.append(markdown(bfloat16_table(results)))
     if results.get("overhead"):

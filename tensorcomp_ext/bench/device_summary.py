@@ -115,13 +115,24 @@ def network_table(results: dict[str, Any]) -> Table:
     """A line for each row, microseconds of every candidate."""
     rows = [row for row in results["rows"] if "over_dense" in row]
     names = [*dict.fromkeys(c["name"] for row in rows for c in row["candidates"])]
-    head = ["network", "dtype", "direction", *(f"{name} us" for name in names), "over dense", "never slower"]
+    head = [
+        "network",
+        "dtype",
+        "direction",
+        *(f"{name} us" for name in names),
+        "over dense",
+        "over best dense",
+        "plans",
+    ]
+    head.append("never slower")
     body = []
     for row in rows:
         times = {c["name"]: c.get("median_us") for c in row["candidates"]}
         cells = [row["label"], row["case"]["dtype"], row["direction"]]
         cells += [time_us(t) if (t := times.get(name)) is not None else "–" for name in names]
         cells.append(", ".join(f"{number(ratio)} {mode}" for mode, ratio in row["over_dense"].items()))
+        cells.append(number(row.get("over_best_dense")))
+        cells.append("; ".join(dict.fromkeys(c["plan"] for c in row["candidates"] if c.get("plan"))))
         body.append([*cells, "yes" if row["never_slower"] else "NO"])
     return head, body
 
