@@ -39,15 +39,16 @@ class ChainCase:
 
     def macs(self) -> int:
         """Multiply-adds of the cheapest order in which the rows can meet the cores, merged as suits."""
-        return self.rows * self.cores.least[0]
+        return self.cores.least(self.rows)[0]
 
     def dense_macs(self) -> int:
         """``rows c_in c_out``."""
         return self.rows * self.c_in * self.c_out
 
     def elements(self) -> tuple[int, int, int]:
-        """Elements of the input, of the output, and of cores and bias."""
-        return self.rows * self.c_in, self.rows * self.c_out, self.cores.numel + self.c_out
+        """Elements of the input, of the output, and of bias and weights as the cheapest order reads them."""
+        weights = self.cores.order_weights(self.cores.least(self.rows)[1])
+        return self.rows * self.c_in, self.rows * self.c_out, weights + self.c_out
 
     def label(self) -> str:
         """Such as ``tt 4096x16·16·16>16·16·16 r16``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +12,10 @@ from functools import cached_property
 Labels = tuple[int, ...]
 Group = tuple[int, ...]
 """Cores, by position, that are merged before they meet the rows."""
+
+
+READ = 8
+"""Multiply-adds that a core does in the time it takes to read one weight from its cache."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,13 @@ class Cores:
     def _held(self, cores: object) -> frozenset[int]:
         return frozenset(label for core in cores for label in self.labels[core])  # type: ignore[attr-defined]
 
-    @cached_property
-    def least(self) -> tuple[int, tuple[Group, ...]]:
-        """Fewest multiply-adds of one row over every order of every grouping, and that order.
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (a value object: few, small, hashed by what it holds)
+    def least(self, rows: int) -> tuple[int, tuple[Group, ...]]:
+        """The order of groups that takes least to bring so many rows through, and its multiply-adds.
 
         Merging cores is free here, as inference does it once; one group of all cores is the dense weight.
-        Exact, by dynamic programming over the sets of cores.
+        Counted are multiply-adds and, ``READ`` of them each, the weights that must be read. Exact, by
+        dynamic programming over the sets of cores.
         """
         every = range(len(self.shapes))
         best: dict[frozenset[int], tuple[int, tuple[Group, ...]]] = {frozenset(): (0, ())}
@@ -76,10 +82,23 @@ class Cores:
                 for size in range(1, len(left) + 1):
                     for group in itertools.combinations(left, size):
                         after = done | frozenset(group)
-                        total = cost + self.step_macs(group, done)
+                        work = rows * self.step_macs(group, done)
+                        total = cost + work + READ * self.volume(self.merged(group, done))
                         if after not in best or total < best[after][0]:
                             best[after] = (total, (*order, group))
-        return best[frozenset(every)]
+        order = best[frozenset(every)][1]
+        return rows * self.order_macs(order), order
+
+    def order_macs(self, order: Sequence[Group]) -> int:
+        """Multiply-adds of one row through these groups, one after the other."""
+        placed = [frozenset(i for group in order[:k] for i in group) for k in range(len(order))]
+        return sum(self.step_macs(group, done) for group, done in zip(order, placed, strict=True))
+
+    def order_weights(self, order: Sequence[Group]) -> int:
+        """Entries of the groups, each merged to one tensor."""
+        placed = [frozenset(i for group in order[:k] for i in group) for k in range(len(order))]
+        pairs = zip(order, placed, strict=True)
+        return sum(self.volume(self.merged(group, done)) for group, done in pairs)
 
     @cached_property
     def pair(self) -> tuple[Group, Group] | None:

@@ -12,7 +12,7 @@ from tensorcomp_ext.bench.chain_cases import ChainCase, chain_cases, chain_from_
 from tensorcomp_ext.bench.chain_library import TLTORCH, library_ways
 from tensorcomp_ext.bench.chain_problem import ChainProblem
 from tensorcomp_ext.bench.chain_summary import against_dense, chain_lines
-from tensorcomp_ext.bench.cores import CORES, Cores
+from tensorcomp_ext.bench.cores import CORES, READ, Cores
 from tensorcomp_ext.bench.suite import QUICK, Settings, run_suite
 
 ODD = [
@@ -92,7 +92,14 @@ def test_least_work_is_the_least_of_all_orders(case):
                     yield (group, *rest)
 
     counts = {order: contracted(cores, order) for order in orders(list(every))}
-    assert cores.least[0] == min(counts.values()) == counts[cores.least[1]]
+    many, order = cores.least(10**9)
+    assert many == 10**9 * min(counts.values()) and counts[order] == cores.order_macs(order) == min(
+        counts.values()
+    )
+    for rows in (1, 5):
+        read = {o: rows * count + READ * cores.order_weights(o) for o, count in counts.items()}
+        macs, order = cores.least(rows)
+        assert macs == rows * counts[order] and read[order] == min(read.values())
     assert counts[(tuple(every),)] == case.c_in * case.c_out
     pairs = [count for order, count in counts.items() if len(order) == 2]
     assert (cores.pair is None) == (not pairs) and (not pairs or counts[cores.pair] == min(pairs))
