@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "chain_program.h"
+
 namespace tensorcomp {
 
 enum class DType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
@@ -109,6 +111,68 @@ struct EmbeddingParams {
   const void* grad_y = nullptr;
   void* grad_core[kMaxEmbeddingCores] = {};  // null where not wanted
   void* scratch = nullptr;                   // scratch_bytes of the table, 64-byte aligned
+};
+
+// A chain of products over the modes of every row of x.
+struct ChainParams {
+  DType dtype = DType::kFloat32;
+  const ChainProgram* program = nullptr;
+  int64_t rows = 0;
+  const void* x = nullptr;  // each row contiguous, rows x_row elements apart
+  int64_t x_row = 0;
+  void* y = nullptr;               // [rows, out_features], contiguous, as is the residual
+  const void* packed = nullptr;    // what the table's pack function wrote
+  const void* bias = nullptr;      // [out_features] in the dtype of x, or null
+  const void* residual = nullptr;  // added to y, or null
+  bool relu = false;               // negative results become zero
+  void* scratch = nullptr;         // scratch_bytes of the plan, 64-byte aligned
+};
+
+// How a call is cut, as BottleneckPlan, and where things lie in its scratch
+// memory.
+struct ChainPlan {
+  int64_t phases = 1, parts = 1;
+  size_t scratch_bytes = 0;
+  int64_t block = 1;     // rows that go through all steps together
+  bool shared = false;   // every stage of a block is cut among the parts; else the rows are
+  bool enters = false;   // x is widened to `entered` first
+  bool leaves = false;   // bias, residual and ReLU come after the last step, not
+                         // in its store
+  bool streams = false;  // y is written past the caches
+  // Offsets in words; all but the tables, the bias and `own` are per block.
+  int64_t entered = 0, ping = 0, pong = 0, last = 0, own = 0, own_words = 0, block_words = 0;
+  int64_t taps = 0, bias = 0, temporary = 0;  // in the part's own memory
+};
+
+// Gradients of a chain, in the dtype of the problem; null pointers are not
+// computed. Matrices come as they are given, contiguous, as does grad_x.
+struct ChainBackwardParams {
+  DType dtype = DType::kFloat32;
+  const ChainProgram* program = nullptr;
+  int64_t rows = 0;
+  const void* x = nullptr;  // each row contiguous, rows x_row elements apart; so
+                            // the gradient
+  int64_t x_row = 0;
+  const void* grad = nullptr;
+  int64_t grad_row = 0;
+  const void* matrices[kMaxChainSteps] = {};
+  void* grad_x = nullptr;
+  void* grad_bias = nullptr;
+  void* grad_matrices[kMaxChainSteps] = {};
+  void* scratch = nullptr;  // scratch_bytes of the plan, 64-byte aligned
+};
+
+// As ChainPlan. Offsets in words: of the packed matrices, and in a part's own
+// memory.
+struct ChainBackwardPlan {
+  int64_t phases = 1, parts = 1;
+  size_t scratch_bytes = 0;
+  int64_t block = 1;
+  int64_t forward[kMaxChainSteps] = {}, backward[kMaxChainSteps] = {};
+  int64_t own = 0, own_words = 0;
+  int64_t sums[kMaxChainSteps] = {}, between[kMaxChainSteps] = {};
+  int64_t bias_sums = 0, summed_words = 0;
+  int64_t entered = 0, grad_entered = 0, ping = 0, pong = 0, dense = 0, taps = 0, temporary = 0;
 };
 
 }  // namespace tensorcomp

@@ -47,6 +47,7 @@ __all__ = [
 
 _NAME = "chain"
 _OPS = torch.ops.tensorcomp
+_MOST = 12  # csrc/kernels/chain_program.h
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
@@ -68,6 +69,9 @@ def native_support(x: Tensor, matrices: Sequence[Tensor], program: Program) -> S
     if loaded.ok and device == "cuda" and not _is_compiling():
         # In a compiled graph the op itself decides by sizes.
         return _cuda.fits_chain(x.device, program_numbers(program), x.element_size())
+    longest = _described(program)[4]
+    if loaded.ok and device == "cpu" and longest > _MOST:
+        return Support(False, f"the native kernels take {_MOST} steps and dims, the program has {longest}")
     return loaded
 
 
@@ -126,15 +130,26 @@ def chain(
     return _forward(x, matrices, bias, numbers)
 
 
+_Described = tuple[tuple[int, ...], int, int, list[tuple[int, int]], int]
+
+
 @lru_cache(maxsize=4096)
-def _computed(program: Program) -> tuple[tuple[int, ...], int, int, list[tuple[int, int]]]:
+def _computed(program: Program) -> _Described:
     check(program)
-    return tuple(program.encode()), program.in_features, program.out_features, program.matrix_shapes()
+    counts = [len(program.dims_after(i)) for i in range(len(program.steps) + 1)]
+    longest = max(len(program.steps), *counts)
+    return (
+        tuple(program.encode()),
+        program.in_features,
+        program.out_features,
+        program.matrix_shapes(),
+        longest,
+    )
 
 
 @torch.compiler.assume_constant_result
-def _described(program: Program) -> tuple[tuple[int, ...], int, int, list[tuple[int, int]]]:
-    """The program's numbers, its sizes and its matrices' shapes."""
+def _described(program: Program) -> _Described:
+    """The program's numbers, its sizes, its matrices' shapes and the most steps or dims it has."""
     return _computed(program)
 
 
@@ -151,7 +166,7 @@ def check_arguments(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None, 
     """Raise ``ValueError`` or ``TypeError`` naming the argument, what was expected and what was given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{_NAME}: x must be a tensor, got {type(x).__name__}")
-    _, in_features, out_features, _ = _described(program)
+    _, in_features, out_features, *_ = _described(program)
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"{_NAME}: x must be [..., in_features] with in_features = {in_features}, got {list(x.shape)}"

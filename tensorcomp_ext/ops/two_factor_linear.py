@@ -1,7 +1,8 @@
 """Linear layer with a two-factor weight: the form every linear format lowers to at its middle bond.
 
-CUDA float32, float16 and bfloat16 are served by ``csrc/ops/cuda``. Elsewhere, and where the sizes are not the
-kernel's, the oracle serves, two products of torch's library; :func:`native_support` says why.
+CPU float32 and bfloat16 are served by ``csrc/ops``, as the chain of two matrices; CUDA float32, float16 and
+bfloat16 by ``csrc/ops/cuda``. Elsewhere, and where the sizes are not the kernel's, the oracle serves, two
+products of torch's library; :func:`native_support` says why.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from .._native import Support
 from . import _cuda
 from ._conv_arguments import check_tensor
@@ -42,12 +43,20 @@ __all__ = [
 _NAME = "two_factor_linear"
 _OPS = torch.ops.tensorcomp
 _SIZES = 3
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
 
 
 def native_support(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Support:
     """Whether a native kernel takes this problem, and the reason when it does not."""
+    if x.is_cpu:
+        loaded = _native.status()
+        if loaded.ok and x.dtype not in _CPU_DTYPES:
+            return Support(False, f"the native CPU kernels take float32 and bfloat16, not {x.dtype}")
+        if loaded.ok and 0 in (a.shape[0], b.shape[1]):
+            return Support(False, "there are no features to multiply")
+        return loaded
     if not x.is_cuda:
         return Support(False, f"there is no native {_NAME} for device {x.device.type!r}")
     loaded = _cuda.support(x.dtype, x.device)
@@ -219,11 +228,11 @@ def _fake_packed(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: list[int
 
 
 def _pack_without_native(a: Tensor, b: Tensor) -> NoReturn:
-    raise RuntimeError(f"{_NAME}_pack: {_cuda.no_cuda_form(a.device)}")
+    raise RuntimeError(f"{_NAME}_pack: {_cuda.no_packing(a.device)}")
 
 
 def _packed_without_native(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: list[int]) -> NoReturn:
-    raise RuntimeError(f"{_NAME}_packed: {_cuda.no_cuda_form(x.device)}")
+    raise RuntimeError(f"{_NAME}_packed: {_cuda.no_packing(x.device)}")
 
 
 for _op, _schema in SCHEMAS.items():

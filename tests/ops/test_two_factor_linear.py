@@ -19,6 +19,7 @@ from tucker2_problems import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, relative
 
 from tensorcomp_ext.ops import two_factor_linear
 from tensorcomp_ext.ops.two_factor_linear import (
+    bind_packed_pair,
     differentiable_two_factor,
     native_support,
     pack_two_factor,
@@ -59,7 +60,7 @@ def test_the_oracle_is_the_dense_layer(case: PairCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", PAIR_LAYOUTS)
 @pytest.mark.parametrize("case", PAIR_CASES, ids=str)
-def test_matches_reference(case: PairCase, layout: str, dtype: torch.dtype, device: str) -> None:
+def test_matches_reference(case: PairCase, layout: str, dtype: torch.dtype, device: str, isa: str) -> None:
     tensors = case.but(layout=layout).make(dtype, device)
     expected = pair_oracle(tensors)
     for way in ("op", "function"):
@@ -235,26 +236,45 @@ def test_tensors_that_outlive_a_transform() -> None:
 
 
 def test_whatever_native_code_cannot_take_has_a_reason() -> None:
-    tensors = PairCase().make()
-    reason = "there is no native two_factor_linear for device 'cpu'"
-    assert native_support(*tensors) == (False, reason)
-    with pytest.raises(ValueError, match=f"two_factor_linear: backend='native' cannot serve: {reason}"):
+    tensors = PairCase().make(torch.float64)
+    assert not native_support(*tensors).ok
+    with pytest.raises(ValueError, match="two_factor_linear: backend='native' cannot serve: "):
         two_factor_linear(*tensors, backend="native")
     assert torch.equal(two_factor_linear(*tensors, backend="reference"), two_factor_linear(*tensors))
+    assert (
+        not native_support(*PairCase(c_in=0).make()).ok and not native_support(*PairCase(c_out=0).make()).ok
+    )
 
 
-def test_packed_forms_are_for_cuda() -> None:
+@pytest.mark.native
+def test_native_code_takes_what_the_kernel_can() -> None:
+    tensors = PairCase().make()
+    assert native_support(*tensors).ok
+    assert relative(two_factor_linear(*tensors, backend="native"), pair_oracle(tensors)) <= 1e-6
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [c for c in PAIR_CASES if c.c_in and c.c_out], ids=str)
+def test_packed(case: PairCase, dtype: torch.dtype, isa: str) -> None:
+    x, a, b, bias = tensors = case.make(dtype)
+    assert x is not None and a is not None and b is not None
+    y = bind_packed_pair(pack_two_factor(a, b), two_factor_sizes(a, b))(x, bias)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert torch.equal(y, two_factor_linear(*tensors))
+
+
+@pytest.mark.native
+def test_packed_factors_serve_their_sizes_alone(isa: str) -> None:
     x, a, b, bias = PairCase().make()
     assert a is not None and b is not None
     assert two_factor_sizes(a, b) == [9, 5, 12] and two_factor_sizes(a, b, True) == [9, 5, 12, 1]
-    with pytest.raises(RuntimeError, match="two_factor_linear_pack: for CUDA tensors only, got device 'cpu'"):
-        pack_two_factor(a, b)
-    with pytest.raises(
-        RuntimeError, match="two_factor_linear_packed: for CUDA tensors only, got device 'cpu'"
-    ):
-        OPS.two_factor_linear_packed(x, a, bias, [9, 5, 12, 0])
+    packed = pack_two_factor(a, b)
+    for sizes, other in (([9, 4, 12, 0], packed), ([9, 5, 12], packed[:-4].clone()), ([9, 5, 12], x)):
+        with pytest.raises(RuntimeError, match="two_factor_linear_packed: "):
+            OPS.two_factor_linear_packed(x, other, bias, sizes)
     with pytest.raises(RuntimeError, match=r"for inference only; .* use two_factor_linear"):
-        jvp(lambda x: OPS.two_factor_linear_packed(x, a, bias, [9, 5, 12, 0]), (x,), (x,))
+        jvp(lambda x: OPS.two_factor_linear_packed(x, packed, bias, [9, 5, 12, 0]), (x,), (x,))
     with pytest.raises(ValueError, match=r"two_factor_linear: b must be \[R, in\] with R = 5, got \[4, 12\]"):
         pack_two_factor(a, b[1:])
 

@@ -23,6 +23,7 @@ inline void copy_words(const float* from, int64_t n, float* to) {
 struct Product {
   // Rows come in segments (image rows); `rows` of them each.
   int64_t segments = 1, rows = 0;
+  int tallest = kMaxRows;  // rows of a tile
   const char* a = nullptr;
   int64_t a_row = 0, a_segment = 0, a_k = 4;
   int64_t k = 0, taps = 1;
@@ -50,8 +51,8 @@ constexpr int64_t kNoOffset[1] = {0};
 // Even heights for the tiles of n rows; rows of a pair stay together.
 struct RowSplit {
   int tiles, height, taller, step;  // `taller` tiles have one step more than `height`
-  RowSplit(int64_t n, bool pairs) : step(pairs ? 2 : 1) {
-    const uint32_t steps = static_cast<uint32_t>((n + step - 1) / step), most = static_cast<uint32_t>(kMaxRows / step);
+  RowSplit(int64_t n, bool pairs, int tallest = kMaxRows) : step(pairs ? 2 : 1) {
+    const uint32_t steps = static_cast<uint32_t>((n + step - 1) / step), most = static_cast<uint32_t>(tallest / step);
     const uint32_t count = (steps + most - 1) / most;
     tiles = static_cast<int>(count);
     height = static_cast<int>(steps / count) * step;
@@ -64,9 +65,9 @@ template <AOrder kOrder, bool kMaskB, class Dot, bool kFetch = false>
 inline void multiply(const Product& p, int64_t part = 0, int64_t parts = 1) {
   if (p.rows <= 0 || p.segments <= 0 || p.columns <= 0) return;
   const bool pairs = p.store == Store::kBfloat16Pairs;
-  const int64_t group = p.rows * 2 <= kMaxRows && !pairs ? 2 : 1;  // segments a tile
+  const int64_t group = p.rows * 2 <= p.tallest && !pairs ? 2 : 1;  // segments a tile
   const int64_t groups = group == 2 ? (p.segments + 1) / 2 : p.segments;
-  const RowSplit split(p.rows, pairs);
+  const RowSplit split(p.rows, pairs, p.tallest);
   const int64_t total_units = unit_count(p.columns);
   const int64_t per_unit = groups * split.tiles;
   const int64_t begin = parts == 1 ? 0 : total_units * per_unit * part / parts;

@@ -13,6 +13,8 @@ namespace tensorcomp {
   BottleneckKernels bottleneck_bfloat16(); \
   EmbeddingKernels embedding_float32();    \
   EmbeddingKernels embedding_bfloat16();   \
+  ChainKernels chain_float32();            \
+  ChainKernels chain_bfloat16();           \
   double fma_peak(double seconds);         \
   }
 
@@ -22,6 +24,7 @@ TC_DECLARE(avx2)
 TC_DECLARE(avx512)
 namespace avx512_bf16 {
 BottleneckKernels bottleneck_bfloat16();
+ChainKernels chain_bfloat16();
 double fma_peak_bfloat16(double seconds);
 }  // namespace avx512_bf16
 #endif
@@ -64,6 +67,8 @@ const Tables& tables() {
                   4,
                   avx512::bottleneck_float32(),
                   avx512_bf16::bottleneck_bfloat16(),
+                  avx512::chain_float32(),
+                  avx512_bf16::chain_bfloat16(),
                   avx512_bf16_peak,
                   avx512::embedding_float32(),
                   avx512::embedding_bfloat16()};
@@ -72,6 +77,8 @@ const Tables& tables() {
                   3,
                   avx512::bottleneck_float32(),
                   avx512::bottleneck_bfloat16(),
+                  avx512::chain_float32(),
+                  avx512::chain_bfloat16(),
                   avx512_peak,
                   avx512::embedding_float32(),
                   avx512::embedding_bfloat16()};
@@ -80,6 +87,8 @@ const Tables& tables() {
                   2,
                   avx2::bottleneck_float32(),
                   avx2::bottleneck_bfloat16(),
+                  avx2::chain_float32(),
+                  avx2::chain_bfloat16(),
                   avx2_peak,
                   avx2::embedding_float32(),
                   avx2::embedding_bfloat16()};
@@ -89,6 +98,8 @@ const Tables& tables() {
                   1,
                   portable::bottleneck_float32(),
                   portable::bottleneck_bfloat16(),
+                  portable::chain_float32(),
+                  portable::chain_bfloat16(),
                   portable_peak,
                   portable::embedding_float32(),
                   portable::embedding_bfloat16()};

@@ -29,11 +29,24 @@ struct EmbeddingKernels {
   void (*backward_run)(const EmbeddingParams&, int64_t parts, int64_t phase, int64_t part);
 };
 
+// Chain of products of one element type on one instruction set.
+struct ChainKernels {
+  size_t (*packed_bytes)(const ChainProgram&);
+  // One matrix [n, k] for each step, contiguous; packed for any number of rows.
+  void (*pack)(const ChainProgram&, const void* const* matrices, void* to);
+  ChainPlan (*plan)(const ChainParams&, int64_t threads);
+  void (*run)(const ChainParams&, const ChainPlan&, int64_t phase, int64_t part);
+  ChainBackwardPlan (*backward_plan)(const ChainBackwardParams&, int64_t threads);
+  void (*backward_run)(const ChainBackwardParams&, const ChainBackwardPlan&, int64_t phase, int64_t part);
+};
+
 struct KernelTable {
   const char* name;  // "avx512_bf16" | "avx512" | "avx2" | "portable"
   int32_t id;
   BottleneckKernels bottleneck_float32;
   BottleneckKernels bottleneck_bfloat16;
+  ChainKernels chain_float32;
+  ChainKernels chain_bfloat16;
   double (*fma_peak)(bool bfloat16, double seconds);
   EmbeddingKernels embedding_float32;
   EmbeddingKernels embedding_bfloat16;
@@ -44,6 +57,7 @@ struct KernelTable {
   const EmbeddingKernels& embedding(DType dtype) const {
     return dtype == DType::kFloat32 ? embedding_float32 : embedding_bfloat16;
   }
+  const ChainKernels& chain(DType dtype) const { return dtype == DType::kFloat32 ? chain_float32 : chain_bfloat16; }
 };
 
 // The table in use: the best this processor has, or what TENSORCOMP_CPU_ISA or the cap below allows.

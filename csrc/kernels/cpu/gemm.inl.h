@@ -10,7 +10,7 @@
 // A word is a float, or a pair of bfloat16 values along k where the processor has a dot product for pairs.
 
 enum class Init { kZero, kColumns, kRows, kAccumulate };
-enum class Store { kFloat, kBfloat16, kBfloat16Pairs };
+enum class Store { kFloat, kBfloat16, kBfloat16Pairs, kStream };  // kStream: floats past the caches, rows aligned
 
 // Cache lines to ask for while a product runs: `count` places `pitch` bytes apart, `lines` lines at each.
 struct Prefetch {
@@ -204,6 +204,12 @@ TC_INLINE void store_float(Accumulators<kRows, kUnits>& acc, const Tile& t, int 
 }
 
 template <int kRows, int kUnits>
+TC_INLINE void store_stream(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
+  if (last_lanes != Accumulators<kRows, kUnits>::kLastLanes) return store_float(acc, t, last_lanes);
+  for_each(acc, [&](int m, int w, auto& x) TC_LAMBDA { x.stream(row_of_c<kRows>(t, m) + w * 4); });
+}
+
+template <int kRows, int kUnits>
 TC_INLINE void store_half_words(Accumulators<kRows, kUnits>& acc, const Tile& t, int last_lanes) {
   using Acc = Accumulators<kRows, kUnits>;
   constexpr int kLast = kUnits * kUnit - Acc::kLastLanes;
@@ -280,6 +286,7 @@ void multiply_tile(const Tile& t) {
   switch (t.store) {
     case Store::kFloat: store_float(acc, t, last_lanes); break;
     case Store::kBfloat16: store_half_words(acc, t, last_lanes); break;
+    case Store::kStream: store_stream(acc, t, last_lanes); break;
     case Store::kBfloat16Pairs:
 #if defined(TC_BF16_DOT)
       store_pairs(acc, t, last_lanes);

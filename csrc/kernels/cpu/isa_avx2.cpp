@@ -21,6 +21,8 @@ BottleneckKernels bottleneck_float32() { return Bottleneck<Float32>::table(); }
 BottleneckKernels bottleneck_bfloat16() { return Bottleneck<Bfloat16Widened>::table(); }
 EmbeddingKernels embedding_float32() { return Embedding<Float32Entry>::table(); }
 EmbeddingKernels embedding_bfloat16() { return Embedding<Bfloat16Entry>::table(); }
+ChainKernels chain_float32() { return Chain<Float32>::table(); }
+ChainKernels chain_bfloat16() { return Chain<Bfloat16Widened>::table(); }
 double fma_peak(double seconds) { return measure_peak<FloatDot>(seconds); }
 }  // namespace tensorcomp::avx2
 

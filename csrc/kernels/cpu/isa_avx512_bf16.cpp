@@ -20,6 +20,7 @@ namespace {
 }  // namespace
 
 BottleneckKernels bottleneck_bfloat16() { return Bottleneck<Bfloat16Pairs, Bfloat16Widened>::table(); }
+ChainKernels chain_bfloat16() { return Chain<Bfloat16Pairs, Bfloat16Widened>::table(); }
 double fma_peak_bfloat16(double seconds) { return measure_peak<PairDot>(seconds); }
 }  // namespace tensorcomp::avx512_bf16
 

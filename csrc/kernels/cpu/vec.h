@@ -23,6 +23,7 @@ struct Wide {
   static Wide load_first(const void* p, int lanes) { return {_mm512_maskz_loadu_ps(mask(lanes), p)}; }
   static Wide broadcast(const void* p) { return {_mm512_set1_ps(*static_cast<const float*>(p))}; }
   void store(void* p) const { _mm512_storeu_ps(p, v); }
+  void stream(void* p) const { _mm512_stream_ps(static_cast<float*>(p), v); }  // past the caches; p is aligned
   void store_first(void* p, int lanes) const { _mm512_mask_storeu_ps(p, mask(lanes), v); }
   static __mmask16 mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1u); }
 };
@@ -35,6 +36,7 @@ struct Half {
   static Half load_first(const void* p, int lanes) { return {_mm256_maskz_loadu_ps(mask(lanes), p)}; }
   static Half broadcast(const void* p) { return {_mm256_set1_ps(*static_cast<const float*>(p))}; }
   void store(void* p) const { _mm256_storeu_ps(static_cast<float*>(p), v); }
+  void stream(void* p) const { _mm256_stream_ps(static_cast<float*>(p), v); }
   void store_first(void* p, int lanes) const { _mm256_mask_storeu_ps(p, mask(lanes), v); }
   static __mmask8 mask(int lanes) { return static_cast<__mmask8>((1u << lanes) - 1u); }
 };
@@ -114,6 +116,7 @@ struct Wide {
   }
   static Wide broadcast(const void* p) { return {_mm256_broadcast_ss(static_cast<const float*>(p))}; }
   void store(void* p) const { _mm256_storeu_ps(static_cast<float*>(p), v); }
+  void stream(void* p) const { _mm256_stream_ps(static_cast<float*>(p), v); }  // past the caches; p is aligned
   void store_first(void* p, int lanes) const { _mm256_maskstore_ps(static_cast<float*>(p), mask(lanes), v); }
   static __m256i mask(int lanes) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -161,6 +164,7 @@ struct Wide {
     return {Raw{f, f, f, f}};
   }
   void store(void* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
+  void stream(void* p) const { store(p); }
   void store_first(void* p, int lanes) const { __builtin_memcpy(p, &v, sizeof(float) * static_cast<size_t>(lanes)); }
 };
 using Half = Wide;

@@ -1,0 +1,150 @@
+"""The chain with matrices packed once, for inference, and what the kernel does with rows and threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from chain_problems import PROGRAMS, ChainArguments, ChainCase, chain_oracle, pair, tensor_train_matrix
+from torch import Tensor
+from torch.func import jvp
+from tucker2_problems import FORWARD_TOLERANCE, relative
+
+from tensorcomp_ext import reference
+from tensorcomp_ext.ops import Program, Step, chain
+from tensorcomp_ext.ops.chain import bind_packed_chain, native_support, pack_chain, program_numbers
+
+OPS = torch.ops.tensorcomp
+pytestmark = pytest.mark.native
+all_programs = pytest.mark.parametrize("program", PROGRAMS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def packed_call(a: ChainArguments, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    return bind_packed_chain(pack_chain(a.matrices, a.program), a.program, relu=relu)(a.x, a.bias, residual)
+
+
+def make(program: Program, rows: int) -> ChainArguments:
+    matrices = [torch.randn(s) / s[1] ** 0.5 for s in program.matrix_shapes()]
+    return ChainArguments(
+        torch.randn(rows, program.in_features), matrices, torch.randn(program.out_features), program
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 29)], ids=str)
+@all_programs
+def test_is_the_chain(program: str, rows: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+    arguments = ChainCase(program, rows).make(dtype)
+    y = packed_call(arguments)
+    assert torch.equal(
+        y, chain(arguments.x, arguments.matrices, arguments.bias, program=arguments.program, backend="native")
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@all_programs
+def test_residual_and_relu(program: str, bias: bool, relu: bool, dtype: torch.dtype, isa: str) -> None:
+    arguments = ChainCase(program, (3, 5), bias).make(dtype)
+    expected = chain_oracle(arguments)
+    residual = torch.randn(expected.shape).to(dtype)
+    expected = expected + residual.double()
+    y = packed_call(arguments, residual.transpose(0, 1).contiguous().transpose(0, 1), relu)
+    tolerance = len(arguments.matrices) * FORWARD_TOLERANCE[dtype]
+    assert relative(y, expected.relu() if relu else expected) <= tolerance
+
+
+def test_relu_alone_keeps_nan(isa: str) -> None:
+    arguments = ChainCase("pair", (4,)).make()
+    arguments.x[1, 0] = float("nan")
+    y = packed_call(arguments, relu=True)
+    assert torch.isnan(y[1]).all()
+    assert relative(y[2], chain_oracle(arguments)[2].relu()) <= 1e-6 and bool((y[[0, 2, 3]] >= 0).all())
+
+
+@dtypes
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 3, 45, 131])
+@pytest.mark.parametrize(
+    "program", [pair(768, 31, 384), pair(96, 200, 700), tensor_train_matrix((8, 7), (9, 12), (1, 30, 1))]
+)
+def test_threads(program: Program, rows: int, threads: int, dtype: torch.dtype, isa: str) -> None:
+    made = make(program, rows)
+    arguments = ChainArguments(
+        made.x.to(dtype),
+        [m.to(dtype) for m in made.matrices],
+        made.bias.to(dtype),
+        program,  # type: ignore[union-attr]
+    )
+    torch.set_num_threads(threads)
+    y = packed_call(arguments)
+    assert relative(y, chain_oracle(arguments)) <= 2 * FORWARD_TOLERANCE[dtype]
+    assert torch.equal(y, packed_call(arguments))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("program", [pair(2048, 700, 1100), pair(4096, 5, 1024)])
+def test_large_matrices_and_strides(program: Program, threads: int) -> None:
+    """Matrices beyond a private cache, and rows a multiple of its ways apart."""
+    torch.set_num_threads(threads)
+    for rows in (1, 17, 70):
+        arguments = make(program, rows)
+        assert relative(packed_call(arguments), chain_oracle(arguments)) <= 1e-5
+
+
+def test_reads_rows_where_they_are(isa: str) -> None:
+    arguments = ChainCase("train", (6,)).make()
+    wide = torch.randn(4, 6, 2 * arguments.program.in_features)
+    for x in (
+        wide[..., : arguments.program.in_features],
+        wide[0, ::2, 3 : 3 + arguments.program.in_features],
+    ):
+        moved = ChainArguments(x, arguments.matrices, arguments.bias, arguments.program)
+        assert relative(packed_call(moved), chain_oracle(moved)) <= 1e-5
+
+
+def test_packed_matrices_serve_their_program_alone(isa: str) -> None:
+    arguments = ChainCase("train").make()
+    x, numbers = arguments.x, program_numbers(arguments.program)
+    packed = pack_chain(arguments.matrices, arguments.program)
+    other = program_numbers(PROGRAMS["odd train"])
+    for bad, of in ((packed, other), (packed[:-4].clone(), numbers), (x, numbers)):
+        with pytest.raises(RuntimeError, match="chain_packed: "):
+            OPS.chain_packed(x, bad, None, of)
+    with pytest.raises(RuntimeError, match="chain_packed: bias must be"):
+        OPS.chain_packed(x, packed, torch.zeros(3), numbers)
+    with pytest.raises(RuntimeError, match="chain_packed: residual must have the result's shape"):
+        OPS.chain_packed(x, packed, None, numbers, torch.zeros(3, 4))
+    with pytest.raises(RuntimeError, match="chain_packed: the matrices were packed for another"):
+        OPS.chain_packed(x.bfloat16(), packed, None, numbers)
+    with pytest.raises(RuntimeError, match=r"for inference only; .* use chain"):
+        jvp(lambda x: OPS.chain_packed(x, packed, None, numbers), (x,), (x,))
+    with pytest.raises(ValueError, match=r"chain: matrices\[0\] must be"):
+        pack_chain(arguments.matrices[::-1], arguments.program)
+
+
+def test_fake_packed_results() -> None:
+    arguments = ChainCase("ring", (2, 3)).make()
+    packed, numbers = pack_chain(arguments.matrices, arguments.program), program_numbers(arguments.program)
+    torch.library.opcheck(
+        OPS.chain_packed.default,
+        (arguments.x, packed, arguments.bias, numbers),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_what_is_too_long_goes_to_the_oracle() -> None:
+    steps = tuple(Step((0,), (3,), (0,)) for _ in range(13))
+    many = Program((3,), steps)
+    x, matrices = torch.randn(4, 3), [torch.randn(3, 3) for _ in steps]
+    assert (
+        native_support(x, matrices, many).reason
+        == "the native kernels take 12 steps and dims, the program has 13"
+    )
+    assert torch.equal(chain(x, matrices, program=many), reference.chain(x, matrices, None, *many))
+    assert torch.equal(
+        OPS.chain(x, matrices, None, program_numbers(many)), reference.chain(x, matrices, None, *many)
+    )
+    with pytest.raises(ValueError, match=r"chain: backend='native' cannot serve: the native kernels take 12"):
+        chain(x, matrices, program=many, backend="native")
