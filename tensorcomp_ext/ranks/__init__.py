@@ -6,6 +6,8 @@ of one weight.
 """
 
 from .evbmf import EVBMFResult, evbmf
+from .layouts import RankLayout, rank_layout
+from .network_layouts import NetworkLayout
 from .rules import VBMF, Energy, Flops, Params, RankRule, Ratio
 from .specs import RankSpec, parse_rank, resolve_rank
 
@@ -14,11 +16,14 @@ __all__ = [
     "EVBMFResult",
     "Energy",
     "Flops",
+    "NetworkLayout",
     "Params",
+    "RankLayout",
     "RankRule",
     "RankSpec",
     "Ratio",
     "evbmf",
     "parse_rank",
+    "rank_layout",
     "resolve_rank",
 ]

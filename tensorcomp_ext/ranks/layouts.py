@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from .. import decompose
+from ..formats.base import no_structure
 
 Ranks = tuple[int, ...]
 
@@ -31,7 +33,9 @@ class RankLayout(ABC):
     """The ranks of one weight in one format, in the order in which the format takes them."""
 
     format: ClassVar[str]
-    names: ClassVar[tuple[str, ...]]
+    names: tuple[str, ...]
+    int_is_bound: ClassVar[bool] = False
+    """Whether a single int is the largest that each rank may be, so that smaller limits need no warning."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -59,6 +63,10 @@ class RankLayout(ABC):
     def scaled(self, fraction: float) -> Ranks:
         """Ranks at a fraction in [0, 1] of the limits, at least 1; monotone in the fraction."""
 
+    def inner(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Ranks as a user wrote them without what they imply, such as the boundary ones of a train."""
+        return tuple(ranks)
+
     def pack(self, ranks: Ranks) -> int | Ranks:
         """Ranks as the format takes them: a bare int where there is one only."""
         return ranks[0] if len(ranks) == 1 else ranks
@@ -72,12 +80,16 @@ def register_layout(layout: type[RankLayout]) -> type[RankLayout]:
     return layout
 
 
-def rank_layout(weight: Tensor, format: str) -> RankLayout:
-    """Layout of `weight` in the named format; ValueError lists the formats that ranks can be chosen for."""
+def rank_layout(weight: Tensor, format: str, **options: Any) -> RankLayout:
+    """Layout of `weight` in the named format; `options` as its `from_dense` takes them (in_modes, out_modes).
+
+    Raises ValueError that lists the formats ranks can be chosen for, or for modes that do not fit;
+    TypeError for an option that the format does not have.
+    """
     if format not in _LAYOUTS:
         known = ", ".join(sorted(_LAYOUTS))
         raise ValueError(f"no rank selection for format {format!r}; known formats: {known}")
-    return _LAYOUTS[format](weight)
+    return _LAYOUTS[format](weight, **options)
 
 
 @register_layout
@@ -87,7 +99,8 @@ class SVDLayout(RankLayout):
     format = "svd"
     names = ("rank",)
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, **options: Any) -> None:
+        no_structure("svd", options)
         if weight.ndim != 2:
             raise ValueError(f"svd: weight must be [M, N], got shape {list(weight.shape)}")
         super().__init__(weight)
@@ -118,7 +131,8 @@ class Tucker2Layout(RankLayout):
     format = "tucker2"
     names = ("rank_out", "rank_in")
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, *, method: str = "hooi", **options: Any) -> None:
+        no_structure("tucker2", options)
         if not 3 <= weight.ndim <= 5:
             raise ValueError(
                 f"tucker2: weight must be [T, S, *k] with 1 to 3 spatial dimensions, got {list(weight.shape)}"

@@ -38,14 +38,17 @@ class RankRule(ABC):
     def choose(self, layout: RankLayout, pixels: Pixels) -> Ranks:
         """Ranks, each within 1 and its limit."""
 
-    def resolve(self, weight: Tensor, format: str, *, pixels: tuple[int, int] = (1, 1)) -> int | Ranks:
-        """Ranks of `weight` in the named format: (R_out, R_in) for "tucker2", R for "svd".
+    def resolve(
+        self, weight: Tensor, format: str, *, pixels: tuple[int, int] = (1, 1), **options: Any
+    ) -> int | Ranks:
+        """Ranks of `weight` in the named format, as it takes them: (R_out, R_in) for "tucker2", R for "svd".
 
         `pixels` are the positions (H·W, H'·W') that the layer reads and writes for one sample; only rules
-        that count operations look at them. Raises ValueError for NaN or Inf in the weight, a weight of the
-        wrong number of dimensions or an unknown format.
+        that count operations look at them. `options` are those of the format (in_modes, out_modes). Raises
+        ValueError for NaN or Inf in the weight, a weight of the wrong number of dimensions or an unknown
+        format.
         """
-        layout = rank_layout(weight, format)
+        layout = rank_layout(weight, format, **options)
         return layout.pack(self.choose(layout, _check_pixels(pixels)))
 
     def to_config(self) -> dict[str, Any]:

@@ -60,21 +60,25 @@ def resolve_rank(
     name: str | None = None,
     *,
     pixels: tuple[int, int] = (1, 1),
+    **options: Any,
 ) -> int | Ranks:
-    """Ranks of `weight` in the named format: (R_out, R_in) for "tucker2", R for "svd".
+    """Ranks of `weight` in the named format, as it takes them: (R_out, R_in) for "tucker2", R for "svd".
 
     Arguments:
         spec: an int (the same for every rank), a tuple of ints, a float in (0, 1] (fraction of the dense
             weights, as `Ratio`), a rule, text as `parse_rank` takes it, or a mapping from layer-name
             patterns (fnmatch; the first that matches; "*" is the default) to any of these
-        weight: dense weight, [T, S, *k] for "tucker2", [M, N] for "svd"
+        weight: dense weight, [T, S, *k] for "tucker2", [M, N] for "svd"; either for the formats that fold
         name: the layer's name, for mappings and as a prefix of messages
         pixels: positions (H·W, H'·W') the layer reads and writes for one sample, for rules that count
             operations
+        options: of the format: in_modes, out_modes and the like
 
-    Ranks above the mode size are clipped with a warning. Raises ValueError for a rank below 1, a fraction
-    outside (0, 1], the wrong number of ranks, NaN or Inf in the weight; TypeError for anything that is no
-    specification; DecompositionError when no driver converges.
+    Ranks above their limit are clipped with a warning; an int for a format of many ranks is the largest that
+    each may be, and warns only where none can reach it. Ranks of a train are taken with or without the
+    boundary ones, those of a ring with or without the first repeated at the end. Raises ValueError for a
+    rank below 1, a fraction outside (0, 1], the wrong number of ranks, NaN or Inf in the weight; TypeError
+    for anything that is no specification; DecompositionError when no driver converges.
     """
     prefix = f"{name}: " if name else ""
     if isinstance(spec, Mapping):
@@ -90,14 +94,16 @@ def resolve_rank(
         spec = Ratio(spec)
     if isinstance(spec, RankRule):
         try:
-            return spec.resolve(weight, format, pixels=pixels)
+            return spec.resolve(weight, format, pixels=pixels, **options)
         except ValueError as error:
             raise ValueError(f"{prefix}{error}") from error
         except DecompositionError as error:
             raise DecompositionError(f"{prefix}{error}") from error
-    layout = rank_layout(weight, format)
+    layout = rank_layout(weight, format, **options)
     single = _index(spec)
     if single is not None:
+        if layout.int_is_bound and layout.limits and 1 <= single <= max(layout.limits):
+            return layout.pack(tuple(min(single, limit) for limit in layout.limits))
         return layout.pack(_clip(layout, [single] * len(layout.names), prefix))
     values = [_index(value) for value in spec] if isinstance(spec, (tuple, list)) else [None]
     ranks = [value for value in values if value is not None]
@@ -106,6 +112,7 @@ def resolve_rank(
             f"{prefix}rank must be an int, a tuple of ints, a float in (0, 1], a rank rule, text such as "
             f"'energy:0.95' or a mapping from layer names to any of these, got {spec!r}"
         )
+    ranks = list(layout.inner(ranks))
     if len(ranks) != len(layout.names):
         raise ValueError(
             f"{prefix}{format} takes {len(layout.names)} rank(s) ({', '.join(layout.names)}), "
