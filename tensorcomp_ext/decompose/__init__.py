@@ -7,7 +7,10 @@ float64, as a whole.
 
 from .chain_ranks import ring_ranks, train_ranks
 from .cp import CP, cp_als
-from .svd import SVDFactors, TruncatedSVD, singular_values, svd_factors, truncated_svd
+from .factor_pair import SVDFactors, svd_factors
+from .masked import MaskedFit, masked_fit
+from .randomized import RandomizedSVD, randomized_svd
+from .svd import TruncatedSVD, singular_values, truncated_svd
 from .tensor_ring import TensorRing, tensor_ring, tr_als, tr_matrix, tr_svd
 from .tensor_train import TensorTrain, tt_svd, ttm_svd
 from .tucker import HOOIResult, HOSVDResult, Tucker2Factors, hooi, hosvd, tucker2
@@ -19,6 +22,8 @@ __all__ = [
     "DecompositionError",
     "HOOIResult",
     "HOSVDResult",
+    "MaskedFit",
+    "RandomizedSVD",
     "SVDFactors",
     "TensorRing",
     "TensorTrain",
@@ -28,6 +33,8 @@ __all__ = [
     "cp_als",
     "hooi",
     "hosvd",
+    "masked_fit",
+    "randomized_svd",
     "ring_ranks",
     "singular_values",
     "svd_factors",

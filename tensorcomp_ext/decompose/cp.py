@@ -114,6 +114,18 @@ def _start(tensor: Tensor, rank: int, generator: torch.Generator | None) -> list
     return factors
 
 
+def cp_start(tensor: Tensor, rank: int) -> list[Tensor]:
+    """The leading singular vectors of the unfoldings of a float64 tensor, filled up with random columns."""
+    return _start(tensor, rank, None)
+
+
+def cp_sweep(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
+    """The factors after one sweep of ALS from `factors`, for a float64 tensor of at least two modes."""
+    fit = _Fit(tensor, max(squared_norm(tensor), torch.finfo(torch.float64).tiny), list(factors))
+    fit.sweep(RIDGE)
+    return fit.spread()
+
+
 def als64(
     tensor: Tensor, start: list[Tensor], *, sweeps: int, tol: float, ridge: float = RIDGE
 ) -> tuple[list[Tensor], list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, SupportsIndex
 
@@ -17,8 +16,6 @@ from .unfolding import (
     check_tensor,
     gram,
     project,
-    residual_of_product,
-    squared_norm,
     unfold,
 )
 
@@ -34,14 +31,6 @@ class TruncatedSVD(NamedTuple):
     U: Tensor
     S: Tensor
     Vh: Tensor
-
-
-class SVDFactors(NamedTuple):
-    """`W ≈ a @ b`: a = U diag(S) [M, R], b = Vh [R, N]; relative_error is that of the float64 factors."""
-
-    a: Tensor
-    b: Tensor
-    relative_error: float
 
 
 _Triple = tuple[Tensor, Tensor, Tensor]
@@ -194,7 +183,7 @@ def singular_values(tensor: Tensor, mode: int = 0) -> Tensor:
     return torch.from_numpy(np.sqrt(values))
 
 
-def _truncated_svd64(matrix: Tensor, rank: int) -> _Triple:
+def truncated_svd64(matrix: Tensor, rank: int) -> _Triple:
     rows, columns = matrix.shape
     if _is_small(rows, columns):
         u, s, vh = thin_svd(matrix.double())
@@ -216,31 +205,5 @@ def truncated_svd(matrix: Tensor, rank: SupportsIndex) -> TruncatedSVD:
     """
     checked = check_tensor(matrix, "truncated_svd: matrix", min_ndim=2, max_ndim=2).contiguous()
     rank = check_rank(rank, min(checked.shape), "truncated_svd: rank")
-    u, s, vh = (part.to(matrix.device, matrix.dtype) for part in _truncated_svd64(checked, rank))
+    u, s, vh = (part.to(matrix.device, matrix.dtype) for part in truncated_svd64(checked, rank))
     return TruncatedSVD(u.contiguous(), s, vh.contiguous())
-
-
-def _matrix_error(matrix: Tensor, s: Tensor, u: Tensor, vh: Tensor) -> float:
-    """‖A − U diag(S) Vh‖/‖A‖ from norms alone, or from the residual where those would cancel."""
-    total = squared_norm(matrix)
-    if total == 0.0:
-        return 0.0
-    missing = 1.0 - squared_norm(s) / total
-    if missing > CANCELLATION:
-        return math.sqrt(missing)
-    return math.sqrt(residual_of_product(matrix, u * s, vh) / total)
-
-
-def svd_factors(weight: Tensor, rank: SupportsIndex) -> SVDFactors:
-    """Two-factor form `W = a @ b` of a linear weight: a = U diag(S) [M, R], b = Vh [R, N].
-
-    `weight` is [M, N] in torch order (outputs first). A layer built from it costs R·(M + N) multiply-adds a
-    row. relative_error = ‖W − a b‖ / ‖W‖, of the float64 factors before the cast. Errors as
-    `truncated_svd`.
-    """
-    checked = check_tensor(weight, "svd_factors: weight", min_ndim=2, max_ndim=2).contiguous()
-    rank = check_rank(rank, min(checked.shape), "svd_factors: rank")
-    u, s, vh = _truncated_svd64(checked, rank)
-    error = _matrix_error(checked, s, u, vh)
-    a, b = ((part.to(weight.device, weight.dtype)).contiguous() for part in (u * s, vh))
-    return SVDFactors(a, b, error)

@@ -57,7 +57,7 @@ def _check_modes(name: str, ndim: int, ranks: Sequence[SupportsIndex], modes: Se
     return wrapped
 
 
-def _project_all(tensor: Tensor, factors: Factors, skip: int | None = None) -> Tensor:
+def project_all(tensor: Tensor, factors: Factors, skip: int | None = None) -> Tensor:
     """`A ×_n U_nᵀ` for every mode but `skip`, the strongest reduction first."""
     order = sorted((m for m in factors if m != skip), key=lambda m: factors[m].shape[1] / factors[m].shape[0])
     for mode in order:
@@ -87,7 +87,7 @@ def _relative_error(tensor: Tensor, total: float, core: Tensor, factors: Factors
 
 def hosvd64(tensor: Tensor, ranks: dict[int, int]) -> tuple[Tensor, Factors, list[float]]:
     factors = {mode: leading_factor(tensor, mode, rank) for mode, rank in ranks.items()}
-    core = _project_all(tensor, factors)
+    core = project_all(tensor, factors)
     return core, factors, [_relative_error(tensor, squared_norm(tensor), core, factors)]
 
 
@@ -101,7 +101,7 @@ def hooi64(
     errors: list[float] = []
     for _ in range(max_sweeps):
         for mode in modes:
-            reduced = _project_all(tensor, factors, skip=mode)
+            reduced = project_all(tensor, factors, skip=mode)
             factors[mode] = leading_factor(reduced, mode, ranks[mode])
         core = project(reduced, modes[-1], factors[modes[-1]])
         errors.append(_relative_error(tensor, total, core, factors))
