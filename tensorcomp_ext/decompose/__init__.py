@@ -16,6 +16,7 @@ from .tensor_train import TensorTrain, tt_svd, ttm_svd
 from .tucker import HOOIResult, HOSVDResult, Tucker2Factors, hooi, hosvd, tucker2
 from .tucker_all import Tucker, tucker
 from .unfolding import DecompositionError, unfold
+from .weighted import WeightedFit, weighted_fit
 
 __all__ = [
     "CP",
@@ -30,6 +31,7 @@ __all__ = [
     "TruncatedSVD",
     "Tucker",
     "Tucker2Factors",
+    "WeightedFit",
     "cp_als",
     "hooi",
     "hosvd",
@@ -49,4 +51,5 @@ __all__ = [
     "tucker",
     "tucker2",
     "unfold",
+    "weighted_fit",
 ]

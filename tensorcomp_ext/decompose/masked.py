@@ -40,12 +40,23 @@ class MaskedFit(NamedTuple):
     relative_error: float
 
 
-class _Solver(ABC):
+class Solver(ABC):
     """One iteration at a time of a fit to a completed tensor, begun where the last one ended."""
 
+    dense: Tensor
+
     @abstractmethod
-    def fit(self, completed: Tensor) -> Tensor:
+    def improve(self, completed: Tensor) -> Tensor:
         """Improve on the fit of `completed` and return its dense form."""
+
+    def fit(self, completed: Tensor) -> Tensor:
+        """`improve`, its result kept as `dense`."""
+        self.dense = self.improve(completed)
+        return self.dense
+
+    @abstractmethod
+    def begin(self, factors: Sequence[Tensor], dense: Tensor) -> None:
+        """Go on from these factors, whose dense form is given."""
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, ...]:
@@ -56,11 +67,15 @@ class _Solver(ABC):
         return None
 
 
-class _SVDSolver(_Solver):
+class SVDSolver(Solver):
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def fit(self, completed: Tensor) -> Tensor:
+    def begin(self, factors: Sequence[Tensor], dense: Tensor) -> None:
+        self.a, self.b = factors
+        self.dense = dense
+
+    def improve(self, completed: Tensor) -> Tensor:
         u, s, vh = truncated_svd64(completed, self.rank)
         self.a, self.b = u * s, vh
         return self.a @ self.b
@@ -69,14 +84,21 @@ class _SVDSolver(_Solver):
         return self.a, self.b
 
 
-class _TuckerSolver(_Solver):
+class TuckerSolver(Solver):
     """A sweep of HOOI from the factors of before: the error of the completed tensor cannot rise."""
 
     def __init__(self, ranks: dict[int, int]) -> None:
         self.ranks = ranks
         self.found: dict[int, Tensor] = {}
 
-    def fit(self, completed: Tensor) -> Tensor:
+    def begin(self, factors: Sequence[Tensor], dense: Tensor) -> None:
+        # Only the spans matter: the core is solved for anew.
+        self.core = factors[0]
+        bases = zip(self.ranks, factors[1:], strict=True)
+        self.found = {mode: torch.linalg.qr(factor)[0] for mode, factor in bases}
+        self.dense = dense
+
+    def improve(self, completed: Tensor) -> Tensor:
         if not self.found:
             self.found = {m: leading_factor(completed, m, rank) for m, rank in self.ranks.items()}
         reduced = completed
@@ -93,35 +115,40 @@ class _TuckerSolver(_Solver):
         return self.core, *(self.found[mode] for mode in sorted(self.found))
 
 
-class _TrainSolver(_Solver):
+class TrainSolver(Solver):
     """TT-SVD; a sweep of least squares from the cores of before where that would raise the objective."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = ranks
         self.cores: list[Tensor] = []
-        self.dense: Tensor | None = None
 
-    def fit(self, completed: Tensor) -> Tensor:
+    def begin(self, factors: Sequence[Tensor], dense: Tensor) -> None:
+        self.cores, self.dense = list(factors), dense
+
+    def improve(self, completed: Tensor) -> Tensor:
         cores = sweep(completed, completed.shape, self.ranks)
         dense = chain_product(cores).reshape(completed.shape)
-        if self.dense is not None and (completed - dense).norm() > (completed - self.dense).norm():
+        if self.cores and (completed - dense).norm() > (completed - self.dense).norm():
             cores = ring_als64(completed, self.cores, ridge=0.0, sweeps=1, tol=0.0).cores
             dense = chain_product(cores).reshape(completed.shape)
-        self.cores, self.dense = cores, dense
+        self.cores = cores
         return dense
 
     def factors(self) -> tuple[Tensor, ...]:
         return tuple(self.cores)
 
 
-class _CPSolver(_Solver):
+class CPSolver(Solver):
     """Every row of every factor solved on its observed entries; a sweep of ALS where that is too large."""
 
     def __init__(self, rank: int, tensor: Tensor) -> None:
         self.found = cp_start(tensor, rank)
         self.rows = tensor.numel() // min(tensor.shape) * rank * rank <= ROW_TABLE
 
-    def fit(self, completed: Tensor) -> Tensor:
+    def begin(self, factors: Sequence[Tensor], dense: Tensor) -> None:
+        self.found, self.dense = list(factors), dense
+
+    def improve(self, completed: Tensor) -> Tensor:
         self.found = cp_sweep(completed, self.found)
         return self._dense(completed.shape)
 
@@ -157,7 +184,7 @@ class _CPSolver(_Solver):
         return tuple(self.found)
 
 
-def _solver(tensor: Tensor, format: str, rank: Ranks) -> _Solver:
+def make_solver(tensor: Tensor, format: str, rank: Ranks) -> Solver:
     name = "masked_fit: rank"
     if format in ("svd", "cp"):
         if isinstance(rank, (tuple, list)):
@@ -167,16 +194,16 @@ def _solver(tensor: Tensor, format: str, rank: Ranks) -> _Solver:
         if format == "svd":
             if tensor.ndim != 2:
                 raise ValueError(f"masked_fit: svd needs a matrix, got shape {list(tensor.shape)}")
-            return _SVDSolver(check_rank(rank, min(tensor.shape), name, stacklevel=5))  # type: ignore[arg-type]
+            return SVDSolver(check_rank(rank, min(tensor.shape), name, stacklevel=5))  # type: ignore[arg-type]
         largest = largest_cp_rank(tensor.shape)
-        return _CPSolver(check_rank(rank, largest, name, stacklevel=5), tensor)  # type: ignore[arg-type]
+        return CPSolver(check_rank(rank, largest, name, stacklevel=5), tensor)  # type: ignore[arg-type]
     if format == "tucker":
-        return _TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape, rank, name, stacklevel=5))))
+        return TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape, rank, name, stacklevel=5))))
     if format == "tucker2":
         if not 3 <= tensor.ndim <= 5:
             raise ValueError(f"masked_fit: tucker2 needs a kernel [T, S, *k], got shape {list(tensor.shape)}")
-        return _TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape[:2], rank, name, stacklevel=5))))
-    return _TrainSolver(train_ranks(tensor.shape, rank, name, stacklevel=5))
+        return TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape[:2], rank, name, stacklevel=5))))
+    return TrainSolver(train_ranks(tensor.shape, rank, name, stacklevel=5))
 
 
 _FORMATS = ("cp", "svd", "tt", "ttm", "tucker", "tucker2")
@@ -240,14 +267,14 @@ def masked_fit(
     elif out_modes is not None or in_modes is not None:
         raise ValueError(f"masked_fit: out_modes and in_modes are for ttm, got them for {format}")
     target = checked.double().contiguous()
-    best, history, error = _iterate(target, seen, _solver(target * seen, format, rank), iterations, tol)
+    best, history, error = _iterate(target, seen, make_solver(target * seen, format, rank), iterations, tol)
     if format == "ttm":
         return MaskedFit(split_modes(best, outs, ins, tensor), history, error)
     return MaskedFit(tuple(f.to(tensor.device, tensor.dtype).contiguous() for f in best), history, error)
 
 
 def _iterate(
-    target: Tensor, seen: Tensor, solver: _Solver, iterations: int, tol: float
+    target: Tensor, seen: Tensor, solver: Solver, iterations: int, tol: float
 ) -> tuple[tuple[Tensor, ...], list[float], float]:
     total = float((target * seen).norm())
     dense = torch.zeros_like(target)
