@@ -35,10 +35,10 @@ class Call:
 
 
 def dense_macs(layer: nn.Module, call: Call) -> int | None:
-    """MACs of a torch.nn convolution or linear layer for one call; None for other layers.
+    """MACs of a torch.nn convolution, linear layer or embedding for one call; None for other layers.
 
     Convolution: outputs · (C_in / groups) · Πk. Transposed: inputs · (C_out / groups) · Πk. Linear: outputs ·
-        in.
+        in. An embedding only reads.
     """
     outputs = math.prod(call.output_shape)
     if isinstance(layer, _ConvTransposeNd):
@@ -47,6 +47,8 @@ def dense_macs(layer: nn.Module, call: Call) -> int | None:
         return outputs * (layer.in_channels // layer.groups) * math.prod(layer.kernel_size)
     if isinstance(layer, nn.Linear):
         return outputs * layer.in_features
+    if isinstance(layer, nn.Embedding):
+        return 0
     return None
 
 

@@ -19,10 +19,13 @@ from tensorcomp_ext.nn import (
     FactorizedConv1d,
     FactorizedConv2d,
     FactorizedConv3d,
+    FactorizedEmbedding,
+    FactorizedEmbeddingBag,
     FactorizedLayer,
     FactorizedLinear,
 )
 from tensorcomp_ext.nn.base import STRUCTURE
+from tensorcomp_ext.nn.embedding import embedding_modes
 from tensorcomp_ext.ranks import resolve_rank
 
 _CONVOLUTIONS: dict[type, Any] = {
@@ -30,6 +33,8 @@ _CONVOLUTIONS: dict[type, Any] = {
     nn.Conv2d: FactorizedConv2d,
     nn.Conv3d: FactorizedConv3d,
 }
+
+_DEFAULT = {"conv": "tucker2", "linear": "svd", "embedding": "ttm"}
 
 
 @dataclass
@@ -66,8 +71,10 @@ def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call])
     chosen, options = format_and_options(
         by_name(format, name, layer) if isinstance(format, Mapping) else format
     )
-    chosen = chosen or ("tucker2" if convolution else "svd")
-    if ("conv" if convolution else "linear") not in get_format(chosen).layers:
+    table = isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+    kind = "conv" if convolution else "embedding" if table else "linear"
+    chosen = chosen or _DEFAULT[kind]
+    if kind not in get_format(chosen).layers:
         return f"format {chosen!r} is not for {type(layer).__name__}"
     spec = by_name(rank, name, layer) if isinstance(rank, Mapping) else rank
     if spec is None:
@@ -76,10 +83,14 @@ def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call])
     if not torch.isfinite(weight).all():
         raise ValueError(f"compress: the weight of layer {name!r} has NaN or Inf; nothing was replaced")
     explicit = isinstance(spec, (int, tuple, list))
+    if table:
+        options |= embedding_modes(weight.shape, options.get("in_modes"), options.get("out_modes"))
     choice = Choice(name, layer, chosen, 0, options, explicit)
     try:
         choice.rank = _rank(choice, spec, weight, _pixels(layer, calls))
     except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
+        if table and not explicit:
+            return f"the ranks of embeddings are given as ints: {error}"
         raise _named(error, name) from error
     return choice
 
@@ -128,6 +139,10 @@ def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
     try:
         if isinstance(layer, nn.Linear):
             make: Any = FactorizedLinear.from_linear
+        elif isinstance(layer, nn.Embedding):
+            make = FactorizedEmbedding.from_embedding
+        elif isinstance(layer, nn.EmbeddingBag):
+            make = FactorizedEmbeddingBag.from_embedding_bag
         else:
             make = _CONVOLUTIONS[type(layer)].from_conv
         new: FactorizedLayer = make(layer, format=choice.format, rank=choice.rank, **choice.options)

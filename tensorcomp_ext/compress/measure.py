@@ -71,7 +71,12 @@ def measure_latencies(
             progress(index, len(subjects), layer.name)
         before, after = dense[layer.name], compressed[layer.name]
         with evaluating(before, after), torch.random.fork_rng(devices=[]), torch.inference_mode():
-            x = calls[layer.name][0].input().normal_()
+            x = calls[layer.name][0].input()
+            if x.is_floating_point():
+                x.normal_()
+            else:
+                rows: Any = before.num_embeddings
+                x.random_(0, rows)
             taken = interleave(
                 {"before": partial(before.forward, x), "after": partial(after.forward, x)},
                 seconds,

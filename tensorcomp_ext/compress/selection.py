@@ -12,23 +12,25 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from tensorcomp_ext.nn import FactorizedLayer
+from tensorcomp_ext.nn.embedding import dense_refusal
 
-PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
+_LISTED = (_ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag, FactorizedLayer)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether ``module`` is a quantised convolution or linear layer of torch."""
+    """Whether ``module`` is a quantised convolution, linear layer or embedding of torch."""
     kind = type(module)
     return kind.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized")) and (
-        hasattr(module, "in_features") or hasattr(module, "in_channels")
+        any(hasattr(module, size) for size in ("in_features", "in_channels", "num_embeddings"))
     )
 
 
 def considered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers a report lists: convolutions and linear layers of any kind, under every name they have."""
+    """The layers a report lists: convolutions, linear layers and embeddings, under every name they have."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_ConvNd, nn.Linear, FactorizedLayer)) or is_quantized(module):
+        if isinstance(module, _LISTED) or is_quantized(module):
             yield name, module
 
 
@@ -115,7 +117,12 @@ def refusal(name: str, module: nn.Module, uses: Uses) -> str | None:
             if kind not in PLAIN
             else "its forward is overridden"
         )
-    return _state_refusal(module) or _geometry_refusal(module) or _sharing_refusal(name, uses)
+    return (
+        _state_refusal(module)
+        or _geometry_refusal(module)
+        or _sharing_refusal(name, uses)
+        or (dense_refusal(module) if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None)
+    )
 
 
 def _state_refusal(module: nn.Module) -> str | None:
@@ -184,7 +191,8 @@ def require_matches(patterns: Iterable[str], names: Sequence[str], argument: str
             inside = [name for name in names if name.startswith(f"{pattern}.")]
             hint = f"; for the layers inside it write '{pattern}.*'" if inside else ""
             raise ValueError(
-                f"compress: {argument} pattern {pattern!r} matches no convolution or linear layer{hint}"
+                f"compress: {argument} pattern {pattern!r} matches no convolution, "
+                f"linear layer or embedding{hint}"
                 + (f". Layers: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if not hint else "")
             )
 

@@ -49,7 +49,7 @@ def compress(
     measure: bool = False,
     progress: Progress | None = None,
 ) -> CompressionResult:
-    """Replace convolutions and linear layers of ``model`` by factorised layers made from their weights.
+    """Replace convolutions, linear layers and embeddings of ``model`` by factorised layers of their weights.
 
     Works on a deep copy unless ``inplace``; either way it succeeds whole or leaves ``model`` as it was.
     Biases, dtype, device, training mode, ``requires_grad``, forward and backward hooks and everything outside
@@ -58,7 +58,8 @@ def compress(
     Args:
         format: a format name, or ``(name, options)`` with options such as ``in_modes`` of the format and
             those of its decomposition, or a mapping from layer type or name pattern to one of these, first
-            fit; where it says nothing convolutions become "tucker2" and linear layers "svd".
+            fit; where it says nothing convolutions become "tucker2", linear layers "svd", embeddings "ttm",
+            for which ranks are ints or tuples.
         rank: an int, a tuple (``(R_out, R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense
             weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, text as ``ranks.parse_rank``
             takes it ("vbmf", "energy:0.95", "16,24"), or a mapping from name pattern to one of these,
@@ -74,7 +75,7 @@ def compress(
 
     Layers that cannot be replaced without risk to the results are left dense, as are those that would not get
     smaller, unless an int or tuple asks for it; the report gives the reasons. Patterns are shell style
-    (``*`` crosses dots) and match whole names of convolutions and linear layers.
+    (``*`` crosses dots) and match whole names of layers.
 
     Cost: one decomposition per layer, in float64 on the CPU.
 
@@ -191,7 +192,9 @@ def _pass_on(heard: Mapping[str, Sequence[warnings.WarningMessage]]) -> None:
 
 def _nothing(report: Report, wanted: Sequence[str] | None) -> None:
     reasons = "; ".join(f"{layer.name or 'model'}: {layer.skipped}" for layer in report.layers[:8])
-    message = f"compress: nothing was replaced ({reasons or 'no convolution or linear layer found'})"
+    message = (
+        f"compress: nothing was replaced ({reasons or 'no convolution, linear layer or embedding found'})"
+    )
     if wanted is not None:
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from tensorcomp_ext.compress.selection import PLAIN
 
@@ -53,7 +54,7 @@ def _fresh_attributes(kind: type[nn.Module]) -> frozenset[str]:
     if kind not in PLAIN:
         return frozenset(HOOK_TABLES)
     make: Callable[..., nn.Module] = kind
-    sizes = (1, 1) if issubclass(kind, nn.Linear) else (1, 1, 1)
+    sizes = (1, 1, 1) if issubclass(kind, _ConvNd) else (1, 1)
     return frozenset(make(*sizes, device="meta").__dict__)
 
 
