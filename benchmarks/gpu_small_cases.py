@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cuda"), str(ROOT / "tests" / "ops")]
 
 from bottleneck_problems import BottleneckCase  # noqa: E402
+from chain_problems import ChainCase, chain_gradients, chain_oracle  # noqa: E402
 from cuda_problems import (  # noqa: E402
     FORWARD_TOLERANCE,
     GRADIENT_TOLERANCE,
@@ -29,8 +31,10 @@ from cuda_problems import (  # noqa: E402
     convolution,
     pair,
 )
+from embedding_problems import EmbeddingCase  # noqa: E402
 from tucker2_problems import relative  # noqa: E402
 
+from tensorcomp_ext import reference  # noqa: E402
 from tensorcomp_ext.ops._conv_arguments import resolve_geometry  # noqa: E402
 from tensorcomp_ext.ops.tucker2_packed import pack_tucker2, packed_geometry  # noqa: E402
 from tensorcomp_ext.ops.two_factor_linear import pack_two_factor, two_factor_sizes  # noqa: E402
@@ -54,7 +58,16 @@ PAIRS = {
 }
 
 
-FEW = ("tucker2", "tucker2 channels-last", "ring", "depthwise", "pair")
+CHAINS = {
+    "chain": ChainCase("ring", rows=(19,)),
+    "chain wide": ChainCase("wide rank", rows=(40,), layout="turned"),
+}
+EMBEDDINGS = {
+    "embedding": EmbeddingCase(shape=(40,), padding=6),
+    "embedding ring": EmbeddingCase((4, 3, 5), (3, 2, 5), (2, 3, 17), 4, (64,)),
+}
+
+FEW = ("tucker2", "tucker2 channels-last", "ring", "depthwise", "pair", "chain", "embedding")
 FEW_MODES = ("bfloat16", "tf32")
 """Under a sanitizer a launch takes a hundred times as long: each op in the two kinds of kernel."""
 
@@ -112,6 +125,55 @@ def run(problem: Problem, device: str) -> list[str]:
     return wrong
 
 
+def run_chain(case: ChainCase, mode: str, device: str) -> list[str]:
+    """The same of a chain."""
+    problem = case.make(MODES[mode])
+    expected = chain_oracle(problem)
+    grad = torch.randn(expected.shape).to(problem.x)
+    wanted = chain_gradients(problem, grad)
+    numbers, tf32, allowed = problem.program.encode(), mode == "tf32", FORWARD_TOLERANCE[mode]
+    x, matrices = problem.x.to(device), [m.to(device) for m in problem.matrices]
+    bias = None if problem.bias is None else problem.bias.to(device)
+    wrong = check(OPS.chain(x, matrices, bias, numbers, tf32), expected, allowed, "forward")
+    mask = (4 << len(matrices)) - 1
+    found = OPS.chain_backward(grad.to(device), x, matrices, numbers, mask, tf32)
+    for i, (gradient, right) in enumerate(zip(found, wanted, strict=True)):
+        wrong += check(gradient, right, GRADIENT_TOLERANCE[mode], f"gradient {i}")
+    if device == "cuda":
+        packed = OPS.chain_pack(matrices, numbers)
+        y = OPS.chain_packed(x, packed, bias, numbers, grad.to(device), True, tf32)
+        wrong += check(y, (expected + grad.double()).relu(), 2 * allowed, "packed")
+    return wrong
+
+
+def run_embedding(case: EmbeddingCase, mode: str, device: str) -> list[str]:
+    """The same of an embedding."""
+    indices, cores = case.indices(), case.cores(MODES[mode])
+    padding = None if case.padding < 0 else case.padding
+    exact = [c.double().requires_grad_() for c in cores]
+    expected = reference.ttm_embedding(indices, exact, case.rows, padding)
+    grad = torch.randn(expected.shape).to(cores[0])
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    there, moved = indices.to(device), [c.to(device) for c in cores]
+    y = OPS.ttm_embedding(there, moved, case.rows, case.padding)
+    wrong = check(y, expected.detach(), FORWARD_TOLERANCE[mode], "forward")
+    mask = (1 << len(cores)) - 1
+    found = OPS.ttm_embedding_backward(grad.to(device), there, moved, case.rows, case.padding, mask)
+    for k, (gradient, right) in enumerate(zip(found, wanted, strict=True)):
+        wrong += check(gradient, right, GRADIENT_TOLERANCE[mode], f"gradient of core {k}")
+    return wrong
+
+
+def calls(mode: str, device: str) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """Every case of a mode by name, as a function that gives its faults."""
+    for name, problem in problems(mode):
+        yield name, partial(run, problem, device)
+    for name, chain in CHAINS.items():
+        yield name, partial(run_chain, chain, mode, device)
+    for name, embedding in EMBEDDINGS.items():
+        yield name, partial(run_embedding, embedding, mode, device)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
@@ -124,13 +186,13 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     begin, done, left, wrong = time.perf_counter(), 0, 0, []
     for mode in FEW_MODES if given.few else ("bfloat16", "tf32", "float32", "float16"):
-        for name, problem in problems(mode):
+        for name, call in calls(mode, given.device):
             if given.few and name not in FEW:
                 continue
             if given.seconds is not None and time.perf_counter() - begin > given.seconds:
                 left += 1
                 continue
-            faults = [f"{mode} {name}: {text}" for text in run(problem, given.device)]
+            faults = [f"{mode} {name}: {text}" for text in call()]
             print("\n".join(faults) if faults else f"{mode} {name}: ok", flush=True)
             wrong += faults
             done += 1

@@ -1,5 +1,5 @@
-// torch.ops.tensorcomp.cuda_fits and cuda_fits_chain: the question the CUDA ops ask themselves at every call, for
-// callers that want to know before. It needs no CUDA, and is here so that every build can answer it.
+// torch.ops.tensorcomp.cuda_fits, cuda_fits_chain and cuda_fits_embedding: the question the CUDA ops ask themselves at
+// every call, for callers that want to know before. It needs no CUDA, and is here so that every build can answer it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
@@ -11,6 +11,7 @@
 
 #include "../kernels/cuda/chain_plan.h"
 #include "../kernels/cuda/convolution_shape.h"
+#include "../kernels/cuda/embedding_plan.h"
 
 namespace tensorcomp::ops {
 namespace {
@@ -60,15 +61,34 @@ bool cuda_fits_chain(std::vector<int64_t> program, int64_t element_size, int64_t
   return chain_fits(*steps, element_size == 4 ? Element::kFloat32 : Element::kFloat16, limits_of(shared_bytes));
 }
 
+// sizes: rank_in, vocab, dim and rank_out of each core. What fits backward fits forward.
+bool cuda_fits_embedding(std::vector<int64_t> sizes, int64_t shared_bytes) {
+  STD_TORCH_CHECK(!sizes.empty() && sizes.size() % 4 == 0, "cuda_fits_embedding: sizes must hold 4 ints a core, got ",
+                  sizes.size());
+  EmbeddingParams p;
+  if (sizes.size() / 4 > kMostEmbeddingCores) return false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    STD_TORCH_CHECK(sizes[i] >= 1, "cuda_fits_embedding: sizes must be >= 1, got ", sizes[i]);
+    if (sizes[i] > kMost) return false;
+    EmbeddingCore& core = p.core[i / 4];
+    int32_t* const fields[] = {&core.rank_in, &core.vocab, &core.dim, &core.rank_out};
+    *fields[i % 4] = static_cast<int32_t>(sizes[i]);
+  }
+  p.cores = static_cast<int32_t>(sizes.size() / 4);
+  return plan_embedding(p, limits_of(shared_bytes), true);
+}
+
 }  // namespace
 }  // namespace tensorcomp::ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
   m.def("cuda_fits(int[] sizes, bool depthwise, int element_size, int shared_bytes) -> bool");
   m.def("cuda_fits_chain(int[] program, int element_size, int shared_bytes) -> bool");
+  m.def("cuda_fits_embedding(int[] sizes, int shared_bytes) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensorcomp, CompositeExplicitAutograd, m) {
   m.impl("cuda_fits", TORCH_BOX(&tensorcomp::ops::cuda_fits));
   m.impl("cuda_fits_chain", TORCH_BOX(&tensorcomp::ops::cuda_fits_chain));
+  m.impl("cuda_fits_embedding", TORCH_BOX(&tensorcomp::ops::cuda_fits_embedding));
 }

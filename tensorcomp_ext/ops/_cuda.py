@@ -168,6 +168,24 @@ def fits_chain(device: torch.device, program: Sequence[int], element_size: int) 
     return Support(True)
 
 
+MOST_EMBEDDING_CORES = 8
+
+
+def embedding_support(indices: Tensor, cores: Sequence[Tensor]) -> Support:
+    """Whether the CUDA kernels take an embedding of these cores, which lie on a CUDA device."""
+    loaded = support(cores[0].dtype, indices.device)
+    if not loaded.ok or _is_compiling():
+        return loaded  # in a compiled graph the op itself decides by sizes
+    if len(cores) > MOST_EMBEDDING_CORES:
+        return Support(
+            False, f"the native CUDA kernel takes up to {MOST_EMBEDDING_CORES} cores, not {len(cores)}"
+        )
+    sizes = tuple(size for core in cores for size in core.shape)
+    if not _fits_embedding(sizes, _shared_bytes(indices.device)):
+        return Support(False, "the products of one row's slices do not fit the shared memory of this device")
+    return loaded
+
+
 @lru_cache(maxsize=64)
 def _shared_bytes(device: torch.device) -> int:
     """Shared memory a block can have; that of the largest where there is no device to ask (fake tensors)."""
@@ -187,3 +205,8 @@ def _fits(sizes: tuple[int, ...], depthwise: bool, element_size: int, shared_byt
 @lru_cache(maxsize=4096)
 def _fits_chain(program: tuple[int, ...], element_size: int, shared_bytes: int) -> bool:
     return bool(torch.ops.tensorcomp.cuda_fits_chain(program, element_size, shared_bytes))
+
+
+@lru_cache(maxsize=4096)
+def _fits_embedding(sizes: tuple[int, ...], shared_bytes: int) -> bool:
+    return bool(torch.ops.tensorcomp.cuda_fits_embedding(sizes, shared_bytes))

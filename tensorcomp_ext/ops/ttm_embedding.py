@@ -1,7 +1,8 @@
 """Embedding whose table is a tensor-train or tensor-ring matrix: registration and the public function.
 
-``csrc/ops/ttm_embedding.cpp`` serves CPU float32 and bfloat16; whatever it cannot take goes to the oracle,
-and :func:`native_support` says why.
+``csrc/ops/ttm_embedding.cpp`` serves CPU float32 and bfloat16, ``csrc/ops/cuda/ttm_embedding.cpp`` CUDA
+float32, float16 and bfloat16; whatever they cannot take goes to the oracle, and :func:`native_support` says
+why.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import _native
 from .._native import Support
+from . import _cuda
 from ._oracle_gradients import mask_bits
 from ._register import define, fallthrough_autograd, register_autograd, register_default
 from ._transforms import transformed
@@ -52,6 +54,8 @@ def native_support(indices: Tensor, cores: Sequence[Tensor]) -> Support:
         if loaded.ok and not 2 <= len(cores) <= _MOST_CORES:
             return Support(False, f"the native CPU kernel takes 2 to {_MOST_CORES} cores, not {len(cores)}")
         return loaded
+    if indices.is_cuda:
+        return _cuda.embedding_support(indices, cores)
     return Support(False, f"there is no native {_NAME} for device {indices.device.type!r}")
 
 

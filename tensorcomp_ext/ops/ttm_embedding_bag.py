@@ -29,7 +29,7 @@ def ttm_embedding_bag(
 
     The result equals ``torch.nn.functional.embedding_bag(indices, table, offsets, ...)`` with the dense table
     of the cores, and so do the gradients of the cores and of the weights. Rows are computed once for the
-    different indices of a call; of the table nothing else is made.
+    different indices of a call, on CUDA for every index; of the table nothing else is made.
 
     Args:
         indices: ``[bags, size]`` for bags of one size, or ``[n]`` with ``offsets``; int64 or int32.
@@ -55,8 +55,8 @@ def ttm_embedding_bag(
     flat, offsets, weights = _checked_bags(
         indices, offsets, mode, per_sample_weights, include_last_offset, cores[0]
     )
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(flat):
-        # How many indices differ is no size that a graph could have.
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(flat) or flat.is_cuda:
+        # How many indices differ is no size that a graph could have, and a device would have to tell it.
         different, places = flat, torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device)
     else:
         check_indices(indices, num_embeddings, _NAME)

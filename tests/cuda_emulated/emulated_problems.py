@@ -37,6 +37,8 @@ OPS = (
     "chain_backward",
     "chain_pack",
     "chain_packed",
+    "ttm_embedding",
+    "ttm_embedding_backward",
 )
 WITH_REFERENCE = tuple(op for op in OPS if not op.endswith(("pack", "packed", "tail")))
 """Ops that go to a reference where the kernels cannot serve; the others raise."""

@@ -16,6 +16,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+// The runtime declares it only where assertions are on, and builds of extensions switch them off.
+extern "C" __device__ void __assert_fail(const char* assertion, const char* file, unsigned int line,
+                                         const char* function) noexcept;
+
 #define TC_DEVICE __device__ __forceinline__
 #define TC_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define TC_GRID_CONSTANT __grid_constant__
@@ -28,6 +32,11 @@ TC_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(th
 TC_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 TC_DEVICE int64_t block_index() { return blockIdx.x; }
 TC_DEVICE int64_t grid_blocks() { return gridDim.x; }
+
+// Stops the kernel, and with it the process's use of the device, as torch's own assertions do.
+TC_DEVICE void device_assert(bool holds, const char* text) {
+  if (!holds) __assert_fail(text, "tensorcomp_ext", 0, "");
+}
 
 // Dynamic shared memory, 16-byte aligned.
 TC_DEVICE char* shared_memory() {

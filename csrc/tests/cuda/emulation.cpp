@@ -67,6 +67,7 @@ struct Block {
   std::unique_ptr<char, AlignedDelete> memory;
   int64_t block = 0, blocks = 0;
   int running = 0;
+  bool assertion_failed = false;
 };
 Block* the_block = nullptr;
 
@@ -255,6 +256,8 @@ void copy(void* to, const void* from, int bytes) {
   self().open.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes});
 }
 
+void fail_assertion() { the_block->assertion_failed = true; }
+
 void commit() {
   Fiber& mine = self();
   mine.groups.push_back(std::move(mine.open));
@@ -312,7 +315,7 @@ cudaError_t run(int64_t blocks, int threads, size_t shared_bytes, const std::fun
     }
   }
   the_block = nullptr;
-  return cudaSuccess;
+  return b.assertion_failed ? cudaErrorAssert : cudaSuccess;
 }
 
 void load_matrices(void* const* arguments) { load(arguments, false); }

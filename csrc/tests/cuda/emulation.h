@@ -16,7 +16,12 @@
 #define TC_KERNEL(threads, blocks) inline void
 #define TC_GRID_CONSTANT
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorAssert = 710
+};
 using cudaStream_t = void*;
 
 namespace tensorcomp::cuda {
@@ -39,6 +44,8 @@ int64_t blocks();
 char* shared();
 void copy(void* to, const void* from, int bytes);
 void commit();
+// The launch returns cudaErrorAssert; its threads go on, where a device would stop them.
+void fail_assertion();
 void wait(int pending);
 cudaError_t run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& body);
 
@@ -68,6 +75,9 @@ inline char* shared_memory() { return emulation::shared(); }
 inline void sync_block() { emulation::meet_block(); }
 inline void sync_warp() {
   emulation::meet_warp(0, nullptr, [](void* const*) {});
+}
+inline void device_assert(bool holds, const char*) {
+  if (!holds) emulation::fail_assertion();
 }
 inline void copy_async(void* to, const void* from, int bytes) { emulation::copy(to, from, bytes); }
 inline void copy_commit() { emulation::commit(); }
