@@ -154,16 +154,14 @@ cudaError_t pack_chain(const Program& program, Element element, const std::vecto
   return cudaSuccess;
 }
 
-cudaError_t forward_chain(const Program& program, Element element, const DeviceLimits& device, const ChainRows& x,
-                          const void* packed, const ChainCall& call, void* y, cudaStream_t stream) {
-  std::optional<ChainParams> p = chain_params(program, element);
-  if (!p.has_value()) return cudaErrorInvalidValue;
-  p->packed = packed;
-  p->bias = call.bias;
-  p->residual = call.residual;
-  p->relu = call.relu;
-  p->y = y;
-  return run(*p, x, 0, x.count, device, stream);
+cudaError_t forward_chain(ChainParams p, const DeviceLimits& device, const ChainRows& x, const void* packed,
+                          const ChainCall& call, void* y, cudaStream_t stream) {
+  p.packed = packed;
+  p.bias = call.bias;
+  p.residual = call.residual;
+  p.relu = call.relu;
+  p.y = y;
+  return run(p, x, 0, x.count, device, stream);
 }
 
 int64_t chain_backward_rows(const Program& program, Element element, int64_t rows) {

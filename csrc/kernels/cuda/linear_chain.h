@@ -36,9 +36,9 @@ size_t chain_packed_bytes(const Program& program, Element element);
 cudaError_t pack_chain(const Program& program, Element element, const std::vector<const void*>& matrices,
                        bool transposed, void* packed, cudaStream_t stream);
 
-// All data pointers on the device; `packed` 16-byte aligned. y is dense.
-cudaError_t forward_chain(const Program& program, Element element, const DeviceLimits& device, const ChainRows& x,
-                          const void* packed, const ChainCall& call, void* y, cudaStream_t stream);
+// `p` from chain_params. All data pointers on the device; `packed` 16-byte aligned. y is dense.
+cudaError_t forward_chain(ChainParams p, const DeviceLimits& device, const ChainRows& x, const void* packed,
+                          const ChainCall& call, void* y, cudaStream_t stream);
 
 // Rows whose states are in scratch memory at once.
 int64_t chain_backward_rows(const Program& program, Element element, int64_t rows);

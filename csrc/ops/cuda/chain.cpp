@@ -6,25 +6,18 @@
 namespace tensorcomp::ops::cuda {
 namespace {
 
-size_t packed_size(const Program& program, Element element, const std::vector<int64_t>& numbers) {
-  std::vector<int64_t> packed_for = numbers;
-  packed_for.push_back(element_bytes(element));
-  packed_for.push_back(element == Element::kFloat16);
-  return size_with_tag(chain_packed_bytes(program, element), packed_for);
-}
-
-Tensor packed_chain(const Program& program, Element element, size_t size, const CallDevice& device,
+Tensor packed_chain(const PreparedChain& chain, size_t size, const CallDevice& device,
                     const std::vector<Tensor>& matrices) {
   Tensor packed = bytes_on(matrices[0], size);
   const DenseMatrices given(matrices);
-  TC_CHECK_LAUNCH(pack_chain(program, element, given.data, false, packed.mutable_data_ptr(), device.stream()));
+  TC_CHECK_LAUNCH(
+      pack_chain(chain.program, chain.element, given.data, false, packed.mutable_data_ptr(), device.stream()));
   return packed;
 }
 
-Tensor run_chain(const Program& program, Element element, const CallDevice& device, const Tensor& x,
-                 const Tensor& packed, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                 bool relu) {
-  const int64_t out = program.out(), count = rows_of(kChainName, x, "x", program.in());
+Tensor run_chain(const PreparedChain& chain, const CallDevice& device, const Tensor& x, const Tensor& packed,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool relu) {
+  const int64_t out = chain.forward.out, count = rows_of(kChainName, x, "x", chain.forward.in);
   Tensor y = rows_like(x, out);
   const std::optional<Tensor> kept_bias = dense_bias(kChainName, "[" + std::to_string(out) + "]", bias, x, out);
   std::optional<Tensor> kept_residual;
@@ -32,7 +25,10 @@ Tensor run_chain(const Program& program, Element element, const CallDevice& devi
     STD_TORCH_CHECK(
         residual->scalar_type() == x.scalar_type() && residual->get_device_index() == x.get_device_index() &&
             std::equal(residual->sizes().begin(), residual->sizes().end(), y.sizes().begin(), y.sizes().end()),
-        kChainName, "_packed: residual must have the shape, dtype and device of the output, got ", sizes_of(*residual));
+        kChainName,
+        "_packed: residual must have the shape, dtype and device "
+        "of the output, got ",
+        sizes_of(*residual));
     kept_residual = dense(*residual);
   }
   if (count == 0) return y;
@@ -41,8 +37,8 @@ Tensor run_chain(const Program& program, Element element, const CallDevice& devi
   if (kept_bias.has_value()) call.bias = kept_bias->const_data_ptr();
   if (kept_residual.has_value()) call.residual = kept_residual->const_data_ptr();
   call.relu = relu;
-  TC_CHECK_LAUNCH(forward_chain(program, element, device.limits(), chain_rows(rows, count), packed.const_data_ptr(),
-                                call, y.mutable_data_ptr(), device.stream()));
+  TC_CHECK_LAUNCH(forward_chain(chain.forward, device.limits(), chain_rows(rows, count), packed.const_data_ptr(), call,
+                                y.mutable_data_ptr(), device.stream()));
   return y;
 }
 
@@ -50,12 +46,11 @@ Tensor chain(const Tensor& x, std::vector<Tensor> matrices, std::optional<Tensor
              bool allow_tf32) {
   if (served(x)) {
     const CallDevice device(x);
-    const Program steps = chain_program(program);
-    check_matrices(steps, matrices, x);
-    const Element element = element_of(x, allow_tf32);
-    if (kernels_take(steps, element, rows_of(kChainName, x, "x", steps.in()), device)) {
-      const Tensor packed = packed_chain(steps, element, chain_packed_bytes(steps, element), device, matrices);
-      return run_chain(steps, element, device, x, packed, bias, std::nullopt, false);
+    const PreparedChain& prepared = prepared_chain(program, element_of(x, allow_tf32), device);
+    check_matrices(prepared.program, matrices, x);
+    if (takes_rows(prepared, rows_of(kChainName, x, "x", prepared.program.in()))) {
+      return run_chain(prepared, device, x, packed_chain(prepared, prepared.packed_bytes, device, matrices), bias,
+                       std::nullopt, false);
     }
   }
   using torch::stable::detail::from;
@@ -66,26 +61,25 @@ Tensor chain(const Tensor& x, std::vector<Tensor> matrices, std::optional<Tensor
 }
 
 Tensor chain_pack(std::vector<Tensor> matrices, std::vector<int64_t> program) {
-  const Program steps = chain_program(program);
   STD_TORCH_CHECK(!matrices.empty() && served(matrices[0]), kChainName,
                   "_pack: matrices must be float32, float16 or bfloat16");
-  check_matrices(steps, matrices, matrices[0]);
   const CallDevice device(matrices[0]);
-  const Element element = element_of(matrices[0], false);
-  return packed_chain(steps, element, packed_size(steps, element, program), device, matrices);
+  const PreparedChain& prepared = prepared_chain(program, element_of(matrices[0], false), device);
+  check_matrices(prepared.program, matrices, matrices[0]);
+  return packed_chain(prepared, prepared.packed_size, device, matrices);
 }
 
 Tensor chain_packed(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::vector<int64_t> program,
                     std::optional<Tensor> residual, bool relu, bool allow_tf32) {
   STD_TORCH_CHECK(served(x), kChainName, "_packed: x must be float32, float16 or bfloat16");
-  const Program steps = chain_program(program);
   const CallDevice device(x);
-  const Element element = element_of(x, allow_tf32);
-  STD_TORCH_CHECK(holds_packed(packed, packed_size(steps, element, program), x), kChainName,
-                  "_packed: the matrices were packed for another program, another dtype or another device");
-  STD_TORCH_CHECK(kernels_take(steps, element, rows_of(kChainName, x, "x", steps.in()), device), kChainName,
+  const PreparedChain& prepared = prepared_chain(program, element_of(x, allow_tf32), device);
+  STD_TORCH_CHECK(holds_packed(packed, prepared.packed_size, x), kChainName,
+                  "_packed: the matrices were packed for another program, "
+                  "another dtype or another device");
+  STD_TORCH_CHECK(takes_rows(prepared, rows_of(kChainName, x, "x", prepared.program.in())), kChainName,
                   "_packed: a row of the chain does not fit this device's shared memory");
-  return run_chain(steps, element, device, x, packed, bias, residual, relu);
+  return run_chain(prepared, device, x, packed, bias, residual, relu);
 }
 
 }  // namespace

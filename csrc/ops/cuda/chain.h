@@ -1,6 +1,7 @@
 // Shared by the CUDA ops of chains: arguments to a problem of the kernels.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "kernels/cuda/linear_chain.h"
@@ -10,12 +11,44 @@ namespace tensorcomp::ops::cuda {
 
 constexpr const char* kChainName = "chain";
 
-// Raises where the numbers are no program.
-inline Program chain_program(const std::vector<int64_t>& numbers) {
-  std::optional<Program> program = decode_program(numbers);
+// What follows from a program, an element and a device; laying a program out takes the host longer than many calls
+// take the device.
+struct PreparedChain {
+  std::vector<int64_t> numbers;
+  Element element;
+  int32_t shared_bytes;
+  Program program;
+  size_t packed_bytes, packed_size;  // without and with what tells it from others
+  bool fits;                         // forward and backward
+  ChainParams forward;               // where it fits
+};
+
+// Raises where the numbers are no program. Valid until the next call.
+inline const PreparedChain& prepared_chain(const std::vector<int64_t>& numbers, Element element,
+                                           const CallDevice& device) {
+  constexpr size_t kMostKept = 64;
+  thread_local std::deque<PreparedChain> kept;
+  const DeviceLimits limits = device.limits();
+  for (const PreparedChain& one : kept) {
+    if (one.element == element && one.shared_bytes == limits.shared_per_block && one.numbers == numbers) return one;
+  }
+  const std::optional<Program> program = decode_program(numbers);
   STD_TORCH_CHECK(program.has_value(), kChainName, ": program does not describe a chain of products");
-  return *program;
+  std::vector<int64_t> packed_for = numbers;
+  packed_for.push_back(element_bytes(element));
+  packed_for.push_back(element == Element::kFloat16);
+  const size_t bytes = chain_packed_bytes(*program, element);
+  PreparedChain one{numbers, element,      limits.shared_per_block, *program, bytes, size_with_tag(bytes, packed_for),
+                    false,   ChainParams()};
+  one.fits = !device.old() && chain_fits(*program, element, limits);
+  if (one.fits) one.forward = *chain_params(*program, element);
+  if (kept.size() == kMostKept) kept.pop_front();
+  kept.push_back(one);
+  return kept.back();
 }
+
+// So many rows as 32 bits cannot count are left to the oracle.
+inline bool takes_rows(const PreparedChain& chain, int64_t rows) { return chain.fits && rows < (int64_t{1} << 31); }
 
 // Raises where there are too few or many, or one does not fit the program or the others.
 inline void check_matrices(const Program& program, const std::vector<Tensor>& matrices, const Tensor& like) {
@@ -44,11 +77,6 @@ struct DenseMatrices {
 
 inline ChainRows chain_rows(const Rows& rows, int64_t count) {
   return {rows.image.data, count, rows.image.strides.w, rows.image.strides.c};
-}
-
-// So many rows as 32 bits cannot count are left to the oracle.
-inline bool kernels_take(const Program& program, Element element, int64_t rows, const CallDevice& device) {
-  return !device.old() && rows < (int64_t{1} << 31) && chain_fits(program, element, device.limits());
 }
 
 }  // namespace tensorcomp::ops::cuda

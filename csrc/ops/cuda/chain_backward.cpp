@@ -11,14 +11,15 @@ constexpr int kFirstMatrix = 2;  // bits before it: x, bias
 std::vector<Tensor> chain_backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> matrices,
                                    std::vector<int64_t> program, int64_t mask, bool allow_tf32) {
   const CallDevice device(x);
-  const Program steps = chain_program(program);
+  const Element element = element_of(x, allow_tf32);
+  const PreparedChain& prepared = prepared_chain(program, element, device);
+  const Program& steps = prepared.program;
   check_matrices(steps, matrices, x);
   const int64_t count = rows_of(kChainName, x, "x", steps.in());
   STD_TORCH_CHECK(rows_of(kChainName, grad, "grad", steps.out()) == count && grad.scalar_type() == x.scalar_type() &&
                       grad.get_device_index() == x.get_device_index(),
                   kChainName, ": grad must have the shape, dtype and device of the output");
-  const Element element = element_of(x, allow_tf32);
-  if (!served(x) || !kernels_take(steps, element, count, device)) {
+  if (!served(x) || !takes_rows(prepared, count)) {
     using torch::stable::detail::from;
     std::array<StableIValue, 6> stack{from(grad), from(x), from(matrices), from(program), from(mask), from(allow_tf32)};
     STABLE_TORCH_ERROR_CODE_CHECK(

@@ -204,8 +204,8 @@ void check_forward(const ChainProblem& problem, const Answer& answer, const Devi
       if (expected[i] < 0) expected[i] = 0;
     }
   }
-  CHECK(forward_chain(problem.program, problem.element, device, problem.x_rows(), packed.get(), call, y.get(),
-                      nullptr) == cudaSuccess);
+  CHECK(forward_chain(*chain_params(problem.program, problem.element), device, problem.x_rows(), packed.get(), call,
+                      y.get(), nullptr) == cudaSuccess);
   CHECK(close(values(y), expected, tolerance(problem.element, false)));
 }
 
@@ -297,8 +297,8 @@ void test_rows_apart() {
     CHECK(pack_chain(problem.program, element, problem.weights(), false, packed.get(), nullptr) == cudaSuccess);
     const int64_t out = problem.program.out();
     Array y(element, problem.rows * out);
-    CHECK(forward_chain(problem.program, element, kDevices[2], problem.x_rows(), packed.get(), {}, y.get(), nullptr) ==
-          cudaSuccess);
+    CHECK(forward_chain(*chain_params(problem.program, element), kDevices[2], problem.x_rows(), packed.get(), {},
+                        y.get(), nullptr) == cudaSuccess);
     Doubles found, expected;
     for (int64_t i = 0; i < y.size(); ++i) {
       if (i / out == 4) continue;
