@@ -121,6 +121,7 @@ class ChainBlock {
     }
     Accumulators<kM, kN> acc;
     acc.clear();
+    sync_warp();  // threads store more or less; the matrix instructions want all of them
     with_shape<kM, kN>(blocks, pairs, [&](auto b, auto n) {
       constexpr int kBlocks = decltype(b)::value, kPairs = decltype(n)::value;
       const int32_t steps = s.k / kStep;

@@ -6,6 +6,9 @@
 
 namespace tensorcomp::cuda {
 
+// What a launch can be given.
+static_assert(sizeof(ChainParams) <= 4096);
+
 // 64 accumulators a thread at most, so that two blocks of 256 threads fit a multiprocessor's registers.
 template <typename E, int kM, int kN>
 TC_KERNEL(256, 2)
