@@ -17,6 +17,7 @@ namespace tensorcomp::ops {
 namespace {
 
 using namespace tensorcomp::cuda;
+using tensorcomp::cuda::EmbeddingParams;  // not the CPU's
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
 

@@ -9,6 +9,9 @@
 
 namespace tensorcomp::ops::cuda {
 
+// Of the kernels here, not of the CPU's.
+using tensorcomp::cuda::ChainParams;
+
 constexpr const char* kChainName = "chain";
 
 // What follows from a program, an element and a device; laying a program out takes the host longer than many calls

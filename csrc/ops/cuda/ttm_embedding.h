@@ -10,6 +10,9 @@
 
 namespace tensorcomp::ops::cuda {
 
+// Of the kernels here, not of the CPU's.
+using tensorcomp::cuda::EmbeddingParams;
+
 constexpr const char* kEmbeddingName = "ttm_embedding";
 
 // Indices and cores, dense, and the problem they are.

@@ -6,7 +6,6 @@
 #include "cuda/cuda_problem.h"
 #include "kernels/cuda/linear_chain.h"
 
-using namespace tensorcomp;
 using namespace tensorcomp::cuda;
 using namespace tensorcomp::test;
 using emulation::Order;

@@ -9,7 +9,6 @@
 #include "kernels/cuda/embedding_launch.h"
 #include "kernels/cuda/embedding_plan.h"
 
-using namespace tensorcomp;
 using namespace tensorcomp::cuda;
 using namespace tensorcomp::test;
 using emulation::Order;
