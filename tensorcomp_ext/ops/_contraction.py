@@ -7,6 +7,7 @@ of all cores is the dense weight, two groups are a pair of factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,8 +47,11 @@ class Cost(Protocol):
         """Cost of one product: for every row ``kept`` columns meet a matrix ``[new, contracted]``."""
         ...
 
-    def merge(self, macs: int, size: int) -> float:
-        """Cost of making a matrix of ``size`` entries from its cores in ``macs`` multiply-adds."""
+    def merge(self, macs: int, size: int, stored: int) -> float:
+        """Cost of making a matrix of ``size`` entries from cores of ``stored`` in ``macs`` multiply-adds.
+
+        Infinite where no such matrix may be made.
+        """
         ...
 
 
@@ -61,7 +65,7 @@ class Macs:
     def step(self, kept: int, new: int, contracted: int) -> float:
         return self.rows * kept * new * contracted
 
-    def merge(self, macs: int, size: int) -> float:
+    def merge(self, macs: int, size: int, stored: int) -> float:
         return macs if self.merging else 0
 
 
@@ -157,7 +161,9 @@ def _graph(structure: Structure) -> _Graph:
     return _Graph(structure)
 
 
-def cheapest_order(structure: Structure, cost: Cost, groups: int | None = None) -> Order | None:
+def cheapest_order(
+    structure: Structure, cost: Cost, groups: int | None = None, *, whole: bool = True
+) -> Order | None:
     """The order of least ``cost``; of equal ones that of fewest groups.
 
     Exact for up to ten cores; of more, pairs whose product is smallest are merged before the search until ten
@@ -165,21 +171,22 @@ def cheapest_order(structure: Structure, cost: Cost, groups: int | None = None) 
 
     Args:
         groups: how many groups it must have; None for any number.
+        whole: whether the order of one group, the dense weight, is among them.
 
     Returns:
-        The order, or None where there is none of so many groups.
+        The order, or None where there is no such order.
     """
     if len(structure.labels) <= _EXACT:
-        return _search(structure, cost, groups)
+        return _search(structure, cost, groups, whole)
     members, coarse = _coarsened(structure)
-    found = _search(coarse, cost, groups)
+    found = _search(coarse, cost, groups, whole)
     if found is None:
         return None
     return tuple(tuple(sorted(core for i in group for core in members[i])) for group in found)
 
 
 @lru_cache(maxsize=4096)
-def _search(structure: Structure, cost: Cost, groups: int | None) -> Order | None:
+def _search(structure: Structure, cost: Cost, groups: int | None, whole: bool) -> Order | None:
     graph = _graph(structure)
     full, count = graph.full, len(graph.cores)
     if count <= _LOOSE:
@@ -187,6 +194,7 @@ def _search(structure: Structure, cost: Cost, groups: int | None) -> Order | Non
     else:
         allowed = {part for part in _parts(full) if graph.connected(part)}
     merging = {group: cost.merge(*_merge(structure, group)) for group in allowed}
+    allowed = {g for g, spent in merging.items() if spent < math.inf and (whole or g != full)}
     # States: cores met and, where their number is prescribed, groups so far. Cost, groups, and the way there.
     best: dict[tuple[int, int], tuple[float, int, tuple[int, ...]]] = {(0, 0): (0.0, 0, ())}
     for met in range(full):
@@ -262,10 +270,12 @@ def merge_plan(structure: Structure, group: Group) -> Merge:
     return Merge(table[cores][0], tuple(pairs))
 
 
-def _merge(structure: Structure, cores: int) -> tuple[int, int]:
-    """Multiply-adds that merge some cores, and the size of what comes out."""
+def _merge(structure: Structure, cores: int) -> tuple[int, int, int]:
+    """Multiply-adds that merge some cores, the size of what comes out, and that of the cores."""
     graph = _graph(structure)
-    return _splits(structure, cores)[cores][0], graph.size(graph.open(cores))
+    size_of = structure.size_of
+    stored = sum(math.prod(size_of[label] for label in structure.labels[core]) for core in _members(cores))
+    return _splits(structure, cores)[cores][0], graph.size(graph.open(cores)), stored
 
 
 def _splits(structure: Structure, cores: int) -> dict[int, tuple[int, int]]:

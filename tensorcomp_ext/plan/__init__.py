@@ -14,7 +14,9 @@ from .layer import PlannedLayer
 from .dense import Dense  # isort: skip
 from .packed import Packed  # isort: skip
 from .staged import Staged  # isort: skip
+from .merged import Merged  # isort: skip
 from .fused import Fused  # isort: skip
+from .pair import Pair  # isort: skip
 from .partial import Partial  # isort: skip
 from .timing import time_interleaved
 from .tuner import tune
@@ -30,7 +32,9 @@ __all__ = [
     "Geometry",
     "LayerTuning",
     "LinearGeometry",
+    "Merged",
     "Packed",
+    "Pair",
     "Partial",
     "Plan",
     "PlannedLayer",

@@ -24,13 +24,18 @@ class Stage(NamedTuple):
     """One pass of a plan over the data, for the cost model."""
 
     kind: str
-    """Which measured rate applies: "conv", "pointwise", "linear", or of our kernels "fused", "pair" (a
-    two-factor product) or "partial" (a convolution from rank space on)."""
+    """Which measured rate applies: "conv", "depthwise", "pointwise", "linear", or of our kernels "fused",
+    "pair" (a two-factor product), "chain" (other chains of products) or "partial" (a convolution from rank
+    space on)."""
     macs: int
     width: int
     """The narrower of the two channel counts the pass works on."""
     elements: int
     """Numbers read and written."""
+    calls: int = 1
+    """Calls it takes: 0 where the kernel of the stage before goes on."""
+    inner: int = 0
+    """Numbers read and written that never leave the cache."""
 
 
 class Plan(ABC):
@@ -47,6 +52,17 @@ class Plan(ABC):
     def support(self, layer: PlannedLayer, case: Case) -> Support:
         """Whether it can run this case here, and why not."""
         return Support(True)
+
+    def same_as(self, layer: PlannedLayer, case: Case) -> str:
+        """Why this plan would only repeat an earlier one for this case; empty where it does not.
+
+        Such a plan is not offered, though it runs where it is forced.
+        """
+        return ""
+
+    def program(self, layer: PlannedLayer, case: Case) -> str:
+        """What it does with this case, for people, where the name alone does not say: "x·G5·(G3 G4)"."""
+        return ""
 
     @abstractmethod
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
@@ -103,6 +119,13 @@ def get_plan(name: str) -> Plan:
     return _PLANS[name]
 
 
+def offered(plan: Plan, layer: PlannedLayer, case: Case) -> Support:
+    """Whether a plan is worth a choice for this case: it can run it, and no earlier plan does the same."""
+    support = plan.support(layer, case)
+    reason = plan.same_as(layer, case) if support.ok else ""
+    return Support(False, reason) if reason else support
+
+
 def plans_for(layer: PlannedLayer) -> list[Plan]:
     """The plans that are candidates for a layer, dense first."""
     return [plan for plan in _PLANS.values() if plan.serves(layer)]
@@ -125,6 +148,8 @@ class Candidate:
     chosen: bool
     reason: str
     """Why it was chosen, or why it lost."""
+    program: str = ""
+    """The order of products: "x·G5·(G3 G4)" for an input that meets core 5, then cores 3 and 4 merged."""
 
     def to_dict(self) -> dict[str, Any]:
         """The candidate in JSON types."""

@@ -6,12 +6,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .rates import rates
+from .rates import Rates, rates
 
 if TYPE_CHECKING:
-    from .base import Plan
+    from .base import Plan, Stage
     from .case import Case
     from .layer import PlannedLayer
+
+
+def machine_rates(layer: PlannedLayer, case: Case) -> Rates:
+    """The rates of the device a layer lies on."""
+    place = layer.weight.factors[0].device
+    # Of several CUDA devices, the one the layer lies on.
+    device = str(place) if place.type == case.device == "cuda" else case.device
+    return rates(case.torch_dtype, device, case.threads)
+
+
+def entry_size(case: Case) -> int:
+    """Bytes of an entry."""
+    return torch.empty((), dtype=case.torch_dtype).element_size()
+
+
+def stage_seconds(stage: Stage, machine: Rates, size: int, factor: float) -> float:
+    """Seconds of a stage with entries of ``size`` bytes; ``factor`` times the work of one forward."""
+    arithmetic = stage.macs / machine.speed(stage.kind, stage.width)
+    memory = machine.transfer(stage.elements * size) + stage.inner * size / machine.cache_bandwidth
+    return stage.calls * machine.overhead + factor * max(arithmetic, memory)
 
 
 def predict(plan: Plan, layer: PlannedLayer, case: Case) -> float:
@@ -20,15 +40,6 @@ def predict(plan: Plan, layer: PlannedLayer, case: Case) -> float:
     Training counts forward and backward. What fusion saves is bytes and launches: in true float32 a GPU is
     bound by arithmetic at most ranks, and the rates measured for it leave fused plans little advantage there.
     """
-    place = layer.weight.factors[0].device
-    # Of several CUDA devices, the one the layer lies on.
-    device = str(place) if place.type == case.device == "cuda" else case.device
-    machine = rates(case.torch_dtype, device, case.threads)
-    size = torch.empty((), dtype=case.torch_dtype).element_size()
+    machine, size = machine_rates(layer, case), entry_size(case)
     factor = plan.backward_factor() if case.training else 1.0
-    total = 0.0
-    for stage in plan.stages(layer, case):
-        arithmetic = stage.macs / machine.speed(stage.kind, stage.width)
-        memory = stage.elements * size / machine.bandwidth
-        total += machine.overhead + factor * max(arithmetic, memory)
-    return total
+    return sum(stage_seconds(stage, machine, size, factor) for stage in plan.stages(layer, case))

@@ -96,6 +96,22 @@ def staged_rows(layer: PlannedLayer, x: Tensor) -> Tensor:
     return rows_by_slices(x, layer.weight.factors, geometry.num_embeddings, geometry.padding_idx)
 
 
+class StagedEmbedding(Plan):
+    """Embeddings by the library: slices of every index, and batched products of them."""
+
+    def serves(self, layer: PlannedLayer) -> bool:
+        return lookup(layer) is not None
+
+    def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
+        return staged_stages(layer, case)
+
+    def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
+        return staged_rows(layer, x)
+
+    def bind(self, layer: PlannedLayer, case: Case) -> Bound:
+        return lambda x, bias: staged_rows(layer, x)
+
+
 class FusedEmbedding(Plan):
     """Embeddings by ``ops.ttm_embedding``: different rows once, leading products shared."""
 

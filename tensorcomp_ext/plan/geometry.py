@@ -27,8 +27,8 @@ class Geometry(ABC):
     """Number of spatial dimensions; 0 for a linear layer."""
 
     @abstractmethod
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The dense layer with ``weight``."""
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        """The dense layer with ``weight``, its channels in so many groups."""
 
     @abstractmethod
     def pointwise(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,8 +60,8 @@ class ConvGeometry(Geometry):
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _CONVOLUTIONS[self.spatial](x, weight, bias, self.stride, self.padding, self.dilation)
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        return _CONVOLUTIONS[self.spatial](x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def pointwise(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         kernel = matrix.reshape(*matrix.shape, *(1,) * self.spatial)
@@ -107,7 +107,7 @@ class LinearGeometry(Geometry):
 
     spatial: int = 0
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         return F.linear(x, weight, bias)
 
     def pointwise(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

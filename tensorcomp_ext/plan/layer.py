@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .geometry import Bound, Geometry
 from .precision import tf32_state
 from .state import Prepared
 from .training import Trained
+
+if TYPE_CHECKING:
+    from .networks import Found
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -276,9 +279,12 @@ class PlannedLayer(nn.Module, ABC):
         """Drop everything derived from factors, tuned choices and settings."""
         self.clear_cache()
         self._traced_plans: tuple[str, ...] = ()
+        self.traced_found: Found | None = None
         if "weight" in self._modules:
+            from .networks import traced_found
             from .select import traced_plan
 
+            self.traced_found = traced_found(self)
             self._traced_plans = traced_plan(self, training=False), traced_plan(self, training=True)
 
     def train(self, mode: bool = True) -> PlannedLayer:

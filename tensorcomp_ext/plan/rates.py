@@ -14,9 +14,13 @@ from .. import _native
 from .cache import cache_directory, load, machine, store
 from .clock import clock_for
 from .precision import tf32_state
-from .workload import seconds_of, workload
+from .workload import BUILT, seconds_of, workload
 
 _FILE = "rates.json"
+CACHE = 1 << 19
+"""Bytes that stay in the cache from one call to the next."""
+_STAND_INS = {"pair": "linear", "chain": "linear"}
+"""Kinds that take the rates of others than convolutions where they are not measured."""
 _BUSY = 5e-4
 """Seconds of the smallest call above which other work disturbs the machine too much."""
 
@@ -28,10 +32,22 @@ class Rates:
     macs: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     bandwidth: float = 1e10
     overhead: float = 1e-5
+    cached: float = 0.0
+    """Bytes a second of what fits the cache; 0 where that was not measured."""
+
+    @property
+    def cache_bandwidth(self) -> float:
+        """Bytes a second within the cache."""
+        return max(self.cached, self.bandwidth)
+
+    def transfer(self, count: float) -> float:
+        """Seconds to read or write so many bytes: few of them lie in the cache."""
+        return count / (self.cache_bandwidth if count <= CACHE else self.bandwidth)
 
     def speed(self, kind: str, width: int) -> float:
         """Multiply-adds a second, interpolated in the logarithm of the width."""
-        table = self.macs.get(kind) or self.macs.get("conv")
+        stand_in = self.macs.get(_STAND_INS.get(kind, "conv")) or self.macs.get("conv")
+        table = self.macs.get(kind) or stand_in
         if not table:
             return 1e10
         known = sorted(table)
@@ -54,11 +70,12 @@ class Rates:
         """The rates of :meth:`to_dict`, or None if ``content`` is anything else."""
         try:
             macs = {str(k): {int(w): float(r) for w, r in t.items()} for k, t in content["macs"].items()}
-            found = cls(macs, float(content["bandwidth"]), float(content["overhead"]))
+            found = cls(macs, *(float(content[name]) for name in ("bandwidth", "overhead", "cached")))
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
         figures = [found.bandwidth, *(r for t in macs.values() for r in t.values())]
-        return found if all(math.isfinite(f) and f > 0 for f in figures) and found.overhead >= 0 else None
+        least = min(found.overhead, found.cached)
+        return found if all(math.isfinite(f) and f > 0 for f in figures) and least >= 0 else None
 
 
 def measure(dtype: torch.dtype, device: str) -> Rates:
@@ -70,13 +87,14 @@ def measure(dtype: torch.dtype, device: str) -> Rates:
         # What even an empty sample takes: on CUDA less than a call costs where it is launched.
         spared = overhead if work.host else seconds_of(work.tiny, clock)
         bandwidth = work.copied / seconds_of(work.copy, clock)
+        cached = work.copied_near / max(seconds_of(work.copy_near, clock) - spared / 2, 1e-9)
         macs: dict[str, dict[int, float]] = {}
         for width in work.widths:
             for kind, (count, call) in work.calls(width).items():
                 spent = seconds_of(call, clock)
                 # At most half is taken for overhead: a call lighter than a convolution has less of it.
                 macs.setdefault(kind, {})[width] = count / max(spent - spared, spent / 2, 1e-9)
-    return Rates(macs, bandwidth, overhead)
+    return Rates(macs, bandwidth, overhead, cached)
 
 
 _known: dict[str, Rates] = {}
@@ -115,7 +133,8 @@ def rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
 
 
 def _key(dtype: torch.dtype, device: str, threads: int) -> str:
-    return f"{machine(device)}, {threads} threads, {str(dtype).removeprefix('torch.')}"
+    kernels = ", ".join(sorted(name for name, built in BUILT.items() if built)) or "library kernels"
+    return f"{machine(device)}, {kernels}, {threads} threads, {str(dtype).removeprefix('torch.')}"
 
 
 def _cuda_key(dtype: torch.dtype, device: str) -> str:

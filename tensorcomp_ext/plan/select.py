@@ -9,10 +9,11 @@ import torch
 
 from ..ops import Support
 from .agree import TRIED_DEVICES
-from .base import Candidate, Plan, get_plan, plans_for
+from .base import Candidate, Plan, get_plan, offered, plans_for
 from .case import Case
 from .cost import predict
 from .embedding import lookup
+from .networks import is_network
 
 if TYPE_CHECKING:
     from .layer import PlannedLayer
@@ -46,7 +47,7 @@ def choose(layer: PlannedLayer, case: Case) -> Plan:
         if not support.ok:
             raise ValueError(f"{type(layer).__name__}: plan {plan.name!r} cannot serve: {support.reason}")
         return plan
-    able = [plan for plan in plans_for(layer) if plan.support(layer, case).ok]
+    able = [plan for plan in plans_for(layer) if offered(plan, layer, case).ok]
     tuned = tuned_entry(layer, case)
     if tuned is not None:
         for plan in able:
@@ -64,8 +65,10 @@ def _untried(plan: Plan, device: str) -> bool:
 def candidates(layer: PlannedLayer, case: Case) -> list[Candidate]:
     """Every candidate for a case, fastest known first."""
     plans = plans_for(layer)
-    supports = {plan.name: plan.support(layer, case) for plan in plans}
     forced = layer.plan
+    supports = {
+        p.name: p.support(layer, case) if p.name == forced else offered(p, layer, case) for p in plans
+    }
     chosen = forced if forced is not None and not supports[forced].ok else choose(layer, case).name
     tuned = tuned_entry(layer, case)
     medians: dict[str, float] = layer.tuned.get(str(case), {}).get("seconds", {})
@@ -90,6 +93,7 @@ def candidates(layer: PlannedLayer, case: Case) -> list[Candidate]:
                 or not supports[name].ok
                 or not _untried(plan, case.device)
                 else "tune compares its results with the library's before it is chosen here",
+                program=plan.program(layer, case),
             )
         )
     return sorted(found, key=lambda c: (not c.chosen, not c.available.ok, c.measured or c.predicted))
@@ -137,7 +141,12 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
     if lookup(layer) is not None:
         return "fused"  # its op serves every device, and no size of a table is worth a rebuild in a graph
     weight = layer.weight
-    if weight.macs(1, 1) >= weight.dense_macs(1):
+    found = layer.traced_found
+    if found is not None and not layer.geometry.spatial:
+        macs = found.chain.program.macs()
+    else:
+        macs = weight.macs(1, 1)
+    if macs >= weight.dense_macs(1) or "staged" not in names or (is_network(layer) and found is None):
         return "dense"
     sizes = (0, weight.shape[1], *(1,) * layer.geometry.spatial)
     dtype = str(weight.factors[0].dtype).removeprefix("torch.")
@@ -151,4 +160,4 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
         and fused.support(layer, case).ok
     ):
         return "fused"
-    return "staged" if "staged" in names else "dense"
+    return "staged"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .agree import TRIED_DEVICES, disagreements
-from .base import get_plan, plans_for
+from .base import get_plan, offered, plans_for
 from .case import Case
 from .clock import clock_for
 from .examples import call_model
@@ -185,7 +185,7 @@ def _measure(
     else:  # indices: as different as those of a call
         x = torch.randint(layer.weight.shape[0], sample.shape, dtype=sample.dtype, device=sample.device)
     for plan in plans_for(layer):
-        support = plan.support(layer, sample.case)
+        support = offered(plan, layer, sample.case)
         if support.ok:
             calls[plan.name] = _call(layer, plan.name, x, training)
         else:

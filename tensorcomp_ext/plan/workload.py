@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.chain import Program, Step, bind_packed_chain, pack_chain
+from ..ops.chain import native_support as chain_support
 from ..ops.tucker2_conv import (
     bind_tail,
     native_support,
@@ -30,6 +32,13 @@ Work = dict[str, tuple[int, Call]]
 
 _SECONDS = 0.012
 _SIDE = 28
+_NEAR = 1 << 17
+"""Bytes of a copy within the cache."""
+BUILT = {
+    op: torch._C._dispatch_has_kernel_for_dispatch_key(f"tensorcomp::{op}", "CPU")
+    for op in ("tucker2_conv2d", "bottleneck_conv2d", "two_factor_linear", "chain")
+}
+"""Which ops have a kernel of ours on the CPU: with others, rates are measured anew."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,9 @@ class Workload:
     copy: Call
     copied: int
     """Bytes that ``copy`` reads and writes."""
+    copy_near: Call
+    """The same within the cache."""
+    copied_near: int
 
 
 def seconds_of(call: Call, clock: Clock) -> float:
@@ -64,6 +76,7 @@ def workload(dtype: torch.dtype, device: str) -> Workload:
     host = torch.device(device).type == "cpu"
     entries = 1 << 22 if host else 1 << 24
     big, target = torch.ones(entries, **options), torch.empty(entries, **options)
+    near = _NEAR // big.element_size()
     return Workload(
         host=host,
         # Below 16 channels tensor cores are not filled, and what is measured is memory.
@@ -72,6 +85,8 @@ def workload(dtype: torch.dtype, device: str) -> Workload:
         tiny=partial(F.conv2d, torch.ones(1, 8, 4, 4, **options), torch.ones(8, 8, 3, 3, **options)),
         copy=lambda: target.copy_(big),
         copied=2 * big.numel() * big.element_size(),
+        copy_near=lambda: target[:near].copy_(big[:near]),
+        copied_near=2 * _NEAR,
     )
 
 
@@ -94,6 +109,26 @@ def _image_calls(options: dict[str, Any], width: int) -> Work:
         arguments = (wide, packed, tuple(kernel.shape), 2 * width, None, 1, 1, 1)
         work = pixels * (kernel.numel() + 2 * outer.numel())
         calls["fused"] = (work, partial(tucker2_conv2d_packed, *arguments))
+    return calls | _product_calls(options, width, 512)
+
+
+def _product_calls(options: dict[str, Any], width: int, rows: int) -> Work:
+    """Chains of products by our kernel: a pair of rank ``width``, and three cores of a train of that rank."""
+    wide = 8 * width
+    pair = Program((wide,), (Step((0,), (width,), (0,)), Step((0,), (wide,), (0,))))
+    # Dims behind those contracted, as the first cores of a train meet them; the rank as wide as two modes.
+    steps = (
+        Step((0,), (8, width), (1, 2, 0)),
+        Step((1, 2), (8, width), (0, 1, 2)),
+    )
+    train = Program((8, 8), steps)
+    calls: Work = {}
+    for kind, program, count in (("pair", pair, rows), ("chain", train, max(1, rows // 8))):
+        matrices = [torch.ones(shape, **options) for shape in program.matrix_shapes()]
+        x = torch.ones(count, program.in_features, **options)
+        if chain_support(x, matrices, program):
+            call = bind_packed_chain(pack_chain(matrices, program), program)
+            calls[kind] = (count * program.macs(), partial(call, x, None))
     return calls
 
 
@@ -132,7 +167,7 @@ def _batch_calls(options: dict[str, Any], width: int, entries: int = 1 << 23) ->
         sizes = two_factor_sizes(outward, inward, tf32)
         pair = partial(bind_packed_pair(pack_two_factor(outward, inward), sizes), wide_rows, None)
         calls["pair"] = (pixels * 2 * outer.numel(), pair)
-    return calls
+    return _product_calls(options, width, max(1, entries // (8 * width))) | calls
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def test_the_cost_model_knows_the_kinds_of_cuda(best: str, monkeypatch: pytest.M
 def test_pair_is_one_pass() -> None:
     layer = FactorizedLinear(100, 60, rank=20)
     (stage,) = get_plan("fused").stages(layer, on_cuda(layer, torch.empty(5, 10, 100)))
-    assert stage == ("pair", 50 * 20 * 160, 20, 50 * 160 + 20 * 160)
+    assert stage[:4] == ("pair", 50 * 20 * 160, 20, 50 * 160 + 20 * 160) and stage.calls == 1
 
 
 def test_pairs_are_traced_as_library_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,8 @@ def test_rates_from_the_seconds_of_the_work(host: bool, monkeypatch: pytest.Monk
         tiny=lambda: 1e-6,
         copy=lambda: 1e-3 - 2e-6,
         copied=1 << 20,
+        copy_near=lambda: 1e-5 - 2e-6,
+        copied_near=1 << 17,
     )
     monkeypatch.setattr(rates, "workload", lambda *_: work)
     monkeypatch.setattr(workload, "_SECONDS", 0.0)
@@ -44,6 +46,8 @@ def test_rates_from_the_seconds_of_the_work(host: bool, monkeypatch: pytest.Monk
     assert found.overhead == pytest.approx(1e-5)  # launch included
     spared = 1e-5 if host else 3e-6
     assert found.bandwidth == pytest.approx((1 << 20) / 1e-3)
+    near = 1e-5 - spared / 2  # the clock adds a launch of 2 µs, half of what is spared is taken off
+    assert found.cached == pytest.approx((1 << 17) / near)
     assert found.macs["conv"][8] == pytest.approx(8000 / (1e-3 + 2e-6 - spared))
     assert found.macs["pair"][4] == pytest.approx(40 / 1e-6)  # lighter than a call: half its time counts
 
