@@ -128,24 +128,22 @@ struct ChainParams {
   void* scratch = nullptr;         // scratch_bytes of the plan, 64-byte aligned
 };
 
-// How a call is cut, as BottleneckPlan, and where things lie in its scratch
-// memory.
+// How a call is cut, as BottleneckPlan, and where things lie in its scratch memory.
 struct ChainPlan {
   int64_t phases = 1, parts = 1;
   size_t scratch_bytes = 0;
   int64_t block = 1;     // rows that go through all steps together
   bool shared = false;   // every stage of a block is cut among the parts; else the rows are
   bool enters = false;   // x is widened to `entered` first
-  bool leaves = false;   // bias, residual and ReLU come after the last step, not
-                         // in its store
+  bool leaves = false;   // bias, residual and ReLU come after the last step, not in its store
   bool streams = false;  // y is written past the caches
   // Offsets in words; all but the tables, the bias and `own` are per block.
   int64_t entered = 0, ping = 0, pong = 0, last = 0, own = 0, own_words = 0, block_words = 0;
   int64_t taps = 0, bias = 0, temporary = 0;  // in the part's own memory
 };
 
-// Gradients of a chain, in the dtype of the problem; null pointers are not
-// computed. Matrices come as they are given, contiguous, as does grad_x.
+// Gradients of a chain, in the dtype of the problem; null pointers are not computed. Matrices come as they are given,
+// contiguous, as does grad_x.
 struct ChainBackwardParams {
   DType dtype = DType::kFloat32;
   const ChainProgram* program = nullptr;
@@ -162,8 +160,7 @@ struct ChainBackwardParams {
   void* scratch = nullptr;  // scratch_bytes of the plan, 64-byte aligned
 };
 
-// As ChainPlan. Offsets in words: of the packed matrices, and in a part's own
-// memory.
+// As ChainPlan. Offsets in words: of the packed matrices, and in a part's own memory.
 struct ChainBackwardPlan {
   int64_t phases = 1, parts = 1;
   size_t scratch_bytes = 0;

@@ -27,27 +27,22 @@ inline std::vector<int64_t> pair_numbers(int64_t in, int64_t rank, int64_t out) 
 // Raises unless a is [out, R] and b [R, in].
 void check_factors(const char* name, const Tensor& a, const Tensor& b);
 
-// The rows of a tensor whose last dim is contiguous: how many, and their
-// distance. False where they have no single one.
+// The rows of a tensor whose last dim is contiguous: how many, and their distance. False where they have no single one.
 bool rows_of(const Tensor& t, int64_t* rows, int64_t* distance);
 
-// Raises unless the matrices fit the program; their memory, contiguous copies
-// kept in `held`.
+// Raises unless the matrices fit the program; their memory, contiguous copies kept in `held`.
 std::vector<const void*> checked_matrices(const char* name, const ChainProgram& program,
                                           const std::vector<Tensor>& matrices, std::vector<Tensor>* held);
 
-// The matrices as the kernels in use read them, behind a header that tells what
-// for.
+// The matrices as the kernels in use read them, behind a header that tells what for.
 Tensor pack_chain(const char* name, const ChainProgram& program, const std::vector<int64_t>& numbers,
                   const std::vector<Tensor>& matrices);
 
-// Packed matrices without their header; raises unless they are of this program
-// and made for the kernels in use.
+// Packed matrices without their header; raises unless they are of this program and made for the kernels in use.
 const void* checked_packed(const char* name, const ChainProgram& program, const std::vector<int64_t>& numbers,
                            DType dtype, const Tensor& packed);
 
-// y, from packed matrices or, where `packed` is null, from others that are
-// packed for this call.
+// y, from packed matrices or, where `packed` is null, from others that are packed for this call.
 Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tensor& x, const void* packed,
                  const void* const* matrices);
 

@@ -1,5 +1,4 @@
-// torch.ops.tensorcomp.chain_backward and two_factor_linear_backward on the
-// CPU.
+// torch.ops.tensorcomp.chain_backward and two_factor_linear_backward on the CPU.
 
 #include <tuple>
 
@@ -20,8 +19,7 @@ Tensor like_rows(const Tensor& t, DType dtype) {
   return Tensor(handle);
 }
 
-// Gradients of x, the bias and the matrices; those whose bit is not in `mask`
-// are empty.
+// Gradients of x, the bias and the matrices; those whose bit is not in `mask` are empty.
 std::vector<Tensor> run_backward(const char* name, const ChainProgram& program, const Tensor& grad, const Tensor& x,
                                  const std::vector<Tensor>& matrices, int64_t mask) {
   std::vector<Tensor> held;
@@ -113,8 +111,7 @@ PairGradients two_factor_linear_backward(const Tensor& grad, const Tensor& x, co
 }  // namespace
 }  // namespace tensorcomp::ops
 
-// The schemas stand in tensorcomp_ext/ops/_chain_autograd.py and
-// _two_factor_autograd.py too.
+// The schemas stand in tensorcomp_ext/ops/_chain_autograd.py and _two_factor_autograd.py too.
 STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
   m.def(
       "chain_backward(Tensor grad, Tensor x, Tensor[] matrices, int[] "

@@ -1,5 +1,4 @@
-// torch.ops.tensorcomp.two_factor_linear and its packed form on the CPU: the
-// chain of two matrices.
+// torch.ops.tensorcomp.two_factor_linear and its packed form on the CPU: the chain of two matrices.
 
 #include "chain.h"
 
@@ -68,8 +67,7 @@ Tensor two_factor_linear_packed(const Tensor& x, const Tensor& packed, std::opti
 }  // namespace
 }  // namespace tensorcomp::ops
 
-// The schemas stand in tensorcomp_ext/ops/two_factor_linear.py too, for
-// installations without native code.
+// The schemas stand in tensorcomp_ext/ops/two_factor_linear.py too, for installations without native code.
 STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
   m.def(
       "two_factor_linear(Tensor x, Tensor a, Tensor b, Tensor? bias=None, "

@@ -1,10 +1,8 @@
 // Forward pass of a chain of products.
 //
-// Rows of x go through all steps in blocks small enough for the activations to
-// stay in a private cache; x is read and y written by the first and the last
-// step themselves. Where rows are too few for the threads, or the matrices too
-// large to be read by every thread, each step of a block is cut among the
-// threads instead.
+// Rows of x go through all steps in blocks small enough for the activations to stay in a private cache; x is read and y
+// written by the first and the last step themselves. Where rows are too few for the threads, or the matrices too large
+// to be read by every thread, each step of a block is cut among the threads instead.
 
 // Calls f with the element type that step's matrix is packed for.
 template <class T, class F>

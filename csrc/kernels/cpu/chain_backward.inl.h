@@ -1,8 +1,7 @@
 // Backward pass of a chain of products.
 //
-// A thread takes its rows of x in blocks: it makes the activations between the
-// steps again, then goes back through the steps, adding to its own sums for the
-// matrices. What the threads have summed is added in their order at the end.
+// A thread takes its rows of x in blocks: it makes the activations between the steps again, then goes back through the
+// steps, adding to its own sums for the matrices. What the threads have summed is added in their order at the end.
 
 // All threads' work: pack the matrices both ways, the rows, the sums.
 enum class ChainBackwardPhase { kPack, kRows, kSums, kCount };
@@ -16,9 +15,8 @@ inline ChainProgram reversed(const ChainProgram& p) {
   return back;
 }
 
-// Words side by side per row of the sums of a matrix, and whether they are of
-// its transpose: then the vectors lie along its rows, where fewer of their
-// lanes stay empty.
+// Words side by side per row of the sums of a matrix, and whether they are of its transpose: then the vectors lie along
+// its rows, where fewer of their lanes stay empty.
 inline bool sums_transposed(const ChainStep& s) {
   return lane_cost(s.n_size) * static_cast<double>(s.k_size) * 1.1 <
          lane_cost(s.k_size) * static_cast<double>(s.n_size);
@@ -197,8 +195,7 @@ class ChainBackward {
     }
   }
 
-  // sums[n, k] += sum over all rows of grad[row, n] * z[row, k], or its
-  // transpose.
+  // sums[n, k] += sum over all rows of grad[row, n] * z[row, k], or its transpose.
   void add_matrix(int at, const ChainRows& z, const ChainRows& grad, int64_t rows) {
     const ChainStep& s = program_.steps[at];
     const auto before = [](const ChainDim& d) { return d.in; };

@@ -1,7 +1,7 @@
 // Activations of a chain with some of their dims side by side, as the sums for a matrix need them.
 
-// One step's activations, or their gradients, with the dims in `inner` side by
-// side behind all rows: as they lie where they do already, else copied.
+// One step's activations, or their gradients, with the dims in `inner` side by side behind all rows: as they lie where
+// they do already, else copied.
 struct DenseRows {
   const char* at;
   ChainLoops rows;  // `in`: bytes between rows
@@ -30,8 +30,7 @@ inline DenseRows dense_rows(const ChainRows& from, const ChainStep& s, const Cha
     inside /= s.rows[i].size;
     d.rows.loop[d.rows.count++] = {s.rows[i].size, inside * 4, 0, 0};
   }
-  // Along the last kept dim, if it is contiguous, and a uniform run of the
-  // inner ones, blocks are transposed.
+  // Along the last kept dim, if it is contiguous, and a uniform run of the inner ones, blocks are transposed.
   const ChainDim* m = s.row_count ? &s.rows[s.row_count - 1] : nullptr;
   const int64_t m_size = m && row_stride(*m) == 1 ? m->size : 1;
   int64_t run = 1, step = 0;

@@ -1,8 +1,6 @@
-// One step of a chain for some rows of x: loops around the register-tiled
-// product.
+// One step of a chain for some rows of x: loops around the register-tiled product.
 
-// A loop over what is kept or brought: strides in bytes, of the packed matrix
-// in words.
+// A loop over what is kept or brought: strides in bytes, of the packed matrix in words.
 struct ChainLoop {
   int64_t size = 1, in = 0, out = 0, matrix = 0;
 };
@@ -65,8 +63,7 @@ inline int64_t chain_taps(const ChainStep& s, const ChainForm& f) {
   return s.k_size / inner_k(s);
 }
 
-// A row of columns for a single row of activations: the sum is kept in several
-// vectors, as one would wait for itself.
+// A row of columns for a single row of activations: the sum is kept in several vectors, as one would wait for itself.
 template <int kUnits, class Dot>
 void multiply_one_row(const Tile& t) {
   using Acc = Accumulators<1, kUnits>;
@@ -137,9 +134,8 @@ inline void multiply_row(const Product& p, int64_t part, int64_t parts) {
 template <class T>
 class ChainProduct {
  public:
-  // `columns`: columns stored in columns form, one more than n where the next
-  // step wants pairs. `init`: one value a column, or null. Calls may differ in
-  // rows.
+  // `columns`: columns stored in columns form, one more than n where the next step wants pairs. `init`: one value a
+  // column, or null. Calls may differ in rows.
   ChainProduct(const ChainStep& s, const ChainForm& f, const float* matrix, int64_t columns, const float* init,
                int64_t* taps)
       : s_(s), f_(f), matrix_(matrix), columns_(columns), init_(init), taps_(taps) {}
@@ -209,8 +205,7 @@ class ChainProduct {
     const ChainLoop segments = loops_.take_largest();
     p_.rows = tile.size;
     p_.a_row = tile.in;
-    // Rows this far apart share the sets of the first cache, which has eight
-    // ways.
+    // Rows this far apart share the sets of the first cache, which has eight ways.
     constexpr int kWays = 7;
     if (tile.in % 2048 == 0 && tile.in > 0 && kMaxRows > kWays) p_.tallest = kWays;
     p_.c_row = tile.out;
@@ -320,8 +315,8 @@ class ChainProduct {
   bool along_m_ = false;
 };
 
-// One step for `rows` rows. Where n is not contiguous in the result, row by row
-// into a temporary that has n inside, and from there to where it belongs.
+// One step for `rows` rows. Where n is not contiguous in the result, row by row into a temporary that has n inside, and
+// from there to where it belongs.
 template <class T>
 inline void multiply_chain_step(const ChainStep& s, const ChainForm& f, const float* matrix, int64_t columns,
                                 const float* init, int64_t* taps, float* temporary, const ChainRows& in,
