@@ -89,8 +89,6 @@ def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call])
     try:
         choice.rank = _rank(choice, spec, weight, _pixels(layer, calls))
     except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
-        if table and not explicit:
-            return f"the ranks of embeddings are given as ints: {error}"
         raise _named(error, name) from error
     return choice
 

@@ -58,8 +58,8 @@ def compress(
     Args:
         format: a format name, or ``(name, options)`` with options such as ``in_modes`` of the format and
             those of its decomposition, or a mapping from layer type or name pattern to one of these, first
-            fit; where it says nothing convolutions become "tucker2", linear layers "svd", embeddings "ttm",
-            for which ranks are ints or tuples.
+            fit; where it says nothing convolutions become "tucker2", linear layers "svd" and
+            embeddings "ttm".
         rank: an int, a tuple (``(R_out, R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense
             weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, text as ``ranks.parse_rank``
             takes it ("vbmf", "energy:0.95", "16,24"), or a mapping from name pattern to one of these,

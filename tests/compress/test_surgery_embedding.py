@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +49,15 @@ def test_what_has_no_factorized_form_stays() -> None:
             "plain": nn.Embedding(9, 4),
         }
     )
-    with pytest.warns(UserWarning, match="nothing was replaced"):
-        report = compress(model).report
+    report = compress(model, rank=0.5).report
     assert "max_norm=1.0" in (report["normed"].skipped or "")
     assert "sparse=True" in (report["sparse"].skipped or "")
     assert "mode 'max'" in (report["largest"].skipped or "")
-    assert "ranks of embeddings are given as ints" in (report["plain"].skipped or "")
+    assert report["plain"].format == "ttm" and report["plain"].parameters_after <= 18
+
+
+def test_rank_rules() -> None:
+    model = nn.Sequential(nn.Embedding(120, 16), nn.Linear(16, 4))
+    for rule in ("energy:0.9", "vbmf", "ratio:0.5"):
+        report = compress(model, rank=rule).report
+        assert report["0"].format == "ttm" or "would not get smaller" in (report["0"].skipped or ""), rule
