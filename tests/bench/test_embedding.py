@@ -16,9 +16,7 @@ from tensorcomp_ext.bench.embedding_library import GATHER, REBUILT, SLICES, libr
 from tensorcomp_ext.bench.embedding_problem import EmbeddingProblem
 from tensorcomp_ext.bench.embedding_summary import embedding_table
 from tensorcomp_ext.bench.suite import QUICK, Settings, run_suite
-from tensorcomp_ext.formats import format_names
 
-HAVE = {"ttm", "tr_matrix"} <= set(format_names("embedding"))
 CASES = [
     *quick_embeddings(),
     EmbeddingCase("ttm", 5, 3, (5,), (3,), 2, 4),
@@ -106,7 +104,6 @@ def test_slices_too_large_for_memory_are_refused(monkeypatch):
         way.call()
 
 
-@pytest.mark.skipif(not HAVE, reason="no factorized embedding here")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=EmbeddingCase.label)
 def test_our_ways_agree_with_the_oracle(case, training):
@@ -116,7 +113,6 @@ def test_our_ways_agree_with_the_oracle(case, training):
             assert problem.fault(way.call()) is None, way.name
 
 
-@pytest.mark.skipif(not HAVE, reason="no factorized embedding here")
 def test_rows_have_everything():
     settings = Settings(
         suite="embedding", cases=quick_embeddings(), threads=[1], compiled="never", effort=QUICK
