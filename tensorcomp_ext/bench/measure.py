@@ -113,8 +113,9 @@ def _check(candidate: Candidate, fault: Fault, device: Device) -> tuple[str | No
         return first_line(error), None, False
 
 
-def outcome(row: dict[str, Any], timed: dict[str, Timing]) -> dict[str, Any]:
-    """Ratios of a row, its headline being what ``tune`` picked, or the fastest of ours where that failed.
+def outcome(row: dict[str, Any], timed: dict[str, Timing], wanted: str = TUNED) -> dict[str, Any]:
+    """Ratios of a row, its headline being what ``tune`` picked (or the way ``wanted``), or the fastest of
+    ours where that failed.
 
     Beside what :func:`row.conclusions` gives: ``wrong``, the ways of ours that disagree with the oracle, each
     with its error; ``over_dense`` against the best dense way in any layout,
@@ -125,7 +126,7 @@ def outcome(row: dict[str, Any], timed: dict[str, Timing]) -> dict[str, Any]:
     groups = {c["name"]: c["group"] for c in row["candidates"]}
     layouts = {c["name"]: c["layout"] for c in row["candidates"]}
     own = [name for name in medians if groups[name] == "ours"]
-    headline = TUNED if TUNED in medians or not own else min(own, key=lambda name: medians[name])
+    headline = wanted if wanted in medians or not own else min(own, key=lambda name: medians[name])
     found = conclusions(row, medians, headline) | {"wrong": wrong(row["candidates"])}
     if found["error"] is not None:
         return found
