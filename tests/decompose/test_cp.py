@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from chain_problems import kruskal, random, relative
+from planted import kruskal, random, relative
 
 from tensorcomp_ext import decompose
 from tensorcomp_ext.decompose import cp as cp_module

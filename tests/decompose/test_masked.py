@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from chain_problems import kruskal, matrix_ring, random, random_ring, relative, ring
+from planted import kruskal, matrix_ring, random, random_ring, relative, ring
 
 from tensorcomp_ext import decompose
 from tensorcomp_ext.decompose import masked

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chain_problems import random, relative
+from planted import random, relative
 
 from tensorcomp_ext import decompose
 from tensorcomp_ext.decompose import factor_pair, randomized

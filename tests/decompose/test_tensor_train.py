@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from chain_problems import matrix_ring, random, random_ring, relative, ring, tails
+from planted import matrix_ring, random, random_ring, relative, ring, tails
 
 from tensorcomp_ext import decompose
 from tensorcomp_ext.decompose import svd as svd_module

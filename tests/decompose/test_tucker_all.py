@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from chain_problems import random, relative
+from planted import random, relative
 
 from tensorcomp_ext import decompose
 

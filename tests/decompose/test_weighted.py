@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chain_problems import kruskal, matrix_ring, random, relative, ring
+from planted import kruskal, matrix_ring, random, relative, ring
 
 from tensorcomp_ext import decompose
 
