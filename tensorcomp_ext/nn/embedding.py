@@ -36,7 +36,10 @@ def embedding_modes(
 
 
 class FactorizedTable(FactorizedLayer):
-    """What the embedding and the embedding bag share."""
+    """What the embedding and the embedding bag share.
+
+    Their ``prefer`` is "memory" unless it is set to "latency": no table is kept.
+    """
 
     kind: ClassVar[str] = "embedding"
     dense_class: ClassVar[type[nn.Module]]
@@ -73,6 +76,8 @@ class FactorizedTable(FactorizedLayer):
         shape = (num_embeddings, embedding_dim)
         structure = embedding_modes(shape, in_modes, out_modes)
         self.weight = self._make_weight(shape, format, rank, device, dtype, structure)
+        # A kept table would be faster to gather from, and take the memory that the factors are there to save.
+        self.prefer = "memory"
         self.register_parameter("bias", None)
         self.reset_parameters()
 

@@ -94,9 +94,10 @@ def test_few_rows_are_never_worth_a_rebuild_that_is_not_kept() -> None:
     assert not candidates["dense"].available.ok and "rebuilt at every call" in candidates["dense"].reason
     assert candidates["fused"].macs <= candidates["staged"].macs
     assert {c.name: c for c in ours.plans(indices(40), training=True)}["dense"].available.ok
-    assert {c.name: c for c in ours.plans(x, training=False)}["dense"].available.ok
-    ours.prefer = "memory"
+    assert ours.prefer == "memory"
     assert not {c.name: c for c in ours.plans(x, training=False)}["dense"].available.ok
+    ours.prefer = "latency"
+    assert {c.name: c for c in ours.plans(x, training=False)}["dense"].available.ok
 
 
 def test_changed_factors_are_noticed() -> None:
