@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,11 @@ from .cases import DTYPES
 from .chain_problem import core_scale
 from .embedding_cases import EmbeddingCase
 from .problem import distance, exceeded, step
+
+_COMPARED = 2
+_CACHE = 32 << 20
+"""Bytes of the last cache of a usual machine."""
+_MOST_SETS = 4096
 
 
 class EmbeddingProblem:
@@ -62,11 +68,26 @@ class EmbeddingProblem:
         return exceeded(errors, self.case.dtype or "float32", slack)
 
     def call(self, forward: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]) -> Any:
-        """A call on the indices: the output alone, or a training step with gradients of ``parameters``."""
-        indices = self.indices.clone()
+        """A call on the indices: the output alone, or a training step with gradients of ``parameters``.
+
+        On the CPU every call after the first two, which are compared with the answer, takes other random
+        indices: nobody looks up the same rows again and again, and the same rows lie in the cache.
+        """
+        sets = itertools.chain(
+            itertools.repeat(self.indices.clone(), _COMPARED), itertools.cycle(self.others())
+        )
         if not self.training:
-            return lambda: (forward(indices),)
-        return step(lambda: forward(indices), parameters, self.grad)
+            return lambda: (forward(next(sets)),)
+        return step(lambda: forward(next(sets)), parameters, self.grad)
+
+    def others(self) -> list[Tensor]:
+        """More indices, as many sets as their rows of a dense table fill twice the last cache."""
+        if self.device != "cpu":
+            return [self.indices]  # a captured graph reads one set
+        case, generator = self.case, torch.Generator().manual_seed(1)
+        rows = 2 * _CACHE // (case.dim * self.grad.element_size())
+        count = min(max(2, -(-rows // case.rows)), _MOST_SETS)
+        return [torch.randint(case.vocab, (case.rows,), generator=generator) for _ in range(count)]
 
     def macs(self) -> int:
         """Multiply-adds with every prefix (or suffix) that several indices share multiplied once."""
