@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, SupportsIndex
 
 from torch import Tensor
 
-from .randomized import ADAPTIVE_TOLERANCE, randomized64
+from .randomized import SETTLED, randomized64
 from .svd import CANCELLATION, truncated_svd64
 from .unfolding import check_rank, check_tensor, residual_of_product, squared_norm
 
@@ -44,7 +44,7 @@ def _parts(matrix: Tensor, rank: int, method: SVDMethod) -> tuple[Tensor, Tensor
     worthwhile = small * small * large >= LARGE_SVD_WORK and rank + OVERSAMPLING <= SMALL_RANK_SHARE * small
     if method == "randomized" or (method == "auto" and worthwhile):
         u, s, vh, _, change = randomized64(matrix, rank, OVERSAMPLING, None, 0)
-        if method == "randomized" or change < ADAPTIVE_TOLERANCE:
+        if method == "randomized" or change < SETTLED:
             return u, s, vh
     return truncated_svd64(matrix, rank)
 
@@ -56,9 +56,10 @@ def svd_factors(weight: Tensor, rank: SupportsIndex, *, method: SVDMethod = "aut
     row. relative_error = ‖W − a b‖ / ‖W‖, of the float64 factors before the cast.
 
     "exact" is `truncated_svd`, "randomized" is `randomized_svd`. "auto" is randomised for large matrices
-    (min²·max from 2³⁷) at ranks below an eighth of the smaller side, where its error has settled to 1e-4 of
-    itself, and exact for all others: a tail too flat for that is left to the exact way. Errors as
-    `truncated_svd`; ValueError too for an unknown method.
+    (min²·max from 2³⁷) at ranks below an eighth of the smaller side, where its last iteration lowered the
+    error by less than 1e-3 of itself, and exact for all others. What it keeps is above the best error by
+    about 1e-3 of it at most where the spectrum decays, by up to 4e-3 for pure noise; "exact" is the way to
+    the last digits. Errors as `truncated_svd`; ValueError too for an unknown method.
     """
     if method not in ("auto", "exact", "randomized"):
         raise ValueError(f"svd_factors: method must be 'auto', 'exact' or 'randomized', got {method!r}")

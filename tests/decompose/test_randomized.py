@@ -85,13 +85,30 @@ class TestSVDFactors:
         monkeypatch.setattr(factor_pair, "truncated_svd64", lambda *a: calls.append(1) or original(*a))
         monkeypatch.setattr(factor_pair, "LARGE_SVD_WORK", 0)
         if not settled:
-            monkeypatch.setattr(factor_pair, "ADAPTIVE_TOLERANCE", -1.0)
+            monkeypatch.setattr(factor_pair, "SETTLED", -1.0)
         found = decompose.svd_factors(matrix, 5)
         assert bool(calls) != settled
         assert found.relative_error == pytest.approx(0.8**5, rel=1e-3)
         calls.clear()
         decompose.svd_factors(matrix, 150)  # a rank too large for it to pay
         assert calls
+
+    @pytest.mark.parametrize(("tail", "above"), [("power", 1e-3), ("noise", 4e-3)])
+    def test_auto_keeps_the_randomized_factors_of_a_flat_tail(self, tail, above, monkeypatch):
+        if tail == "power":
+            matrix = decaying(300, 400, torch.arange(1, 301).double() ** -0.5)
+        else:
+            matrix = random(300, 700)
+        best = decompose.svd_factors(matrix, 16, method="exact").relative_error
+
+        def refuse(*arguments):
+            raise AssertionError("the exact way was taken")
+
+        monkeypatch.setattr(factor_pair, "LARGE_SVD_WORK", 0)
+        monkeypatch.setattr(factor_pair, "truncated_svd64", refuse)
+        found = decompose.svd_factors(matrix, 16)
+        assert best < found.relative_error <= best * (1 + above)
+        assert relative(found.a @ found.b, matrix) == pytest.approx(found.relative_error, rel=1e-6)
 
     def test_unknown_method(self):
         with pytest.raises(ValueError, match="method must be 'auto', 'exact' or 'randomized', got 'fast'"):
