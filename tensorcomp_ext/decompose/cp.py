@@ -19,6 +19,8 @@ RIDGE = 1e-10
 LARGEST_RIDGE = 1e-2
 LARGEST_WEIGHT = 1e3
 """Norm of a component, as a multiple of ‖A‖, above which the fit counts as degenerate."""
+TRIAL_SWEEPS = 20
+"""Sweeps of every start before only the best goes on."""
 
 
 class CP(NamedTuple):
@@ -61,14 +63,16 @@ def _contract(partial: Tensor, factors: Sequence[Tensor], skip: int) -> Tensor:
 
 
 class _Fit:
-    """Factors with columns of norm one, the norms of the components, and the error they leave."""
+    """Factors with columns of norm one, the norms of the components, and the errors they left so far."""
 
-    def __init__(self, tensor: Tensor, total: float, factors: list[Tensor]) -> None:
-        self.tensor, self.total, self.factors = tensor, total, factors
+    def __init__(self, tensor: Tensor, total: float, factors: list[Tensor], ridge: float = RIDGE) -> None:
+        self.tensor, self.total, self.factors, self.ridge = tensor, total, factors, ridge
         self.cut = middle_cut(tensor.shape)
         self.matrix = tensor.reshape(math.prod(tensor.shape[: self.cut]), -1)
         self.weights = torch.ones(factors[0].shape[1], dtype=torch.float64)
         self.grams = [factor.T @ factor for factor in factors]
+        self.best, self.least, self.errors = self.spread(), math.inf, list[float]()
+        self.settled = False
 
     def sweep(self, ridge: float) -> float:
         """Solve for every factor once; the relative error afterwards."""
@@ -100,6 +104,19 @@ class _Fit:
         share = self.weights ** (1.0 / len(self.factors))
         return [factor * share for factor in self.factors]
 
+    def go_on(self, sweeps: int, tol: float) -> None:
+        """Sweep until there are `sweeps` in all, or the error changes by less than tol."""
+        errors = self.errors
+        while len(errors) < sweeps and not self.settled:
+            errors.append(self.sweep(self.ridge))
+            if errors[-1] < self.least:
+                self.best, self.least = self.spread(), errors[-1]
+            if float(self.weights.max()) > LARGEST_WEIGHT * math.sqrt(self.total):
+                # Components that grow and cancel: more ridge until they stay within bounds.
+                self.ridge = min(10.0 * self.ridge, LARGEST_RIDGE)
+            else:
+                self.settled = len(errors) > 1 and abs(errors[-2] - errors[-1]) < tol
+
 
 def _start(tensor: Tensor, rank: int, generator: torch.Generator | None) -> list[Tensor]:
     """Random factors, or without generator the leading singular vectors, random where there are too few."""
@@ -130,19 +147,9 @@ def als64(
     tensor: Tensor, start: list[Tensor], *, sweeps: int, tol: float, ridge: float = RIDGE
 ) -> tuple[list[Tensor], list[float]]:
     """CP-ALS from `start` for a float64 tensor of at least two modes: best factors, error of every sweep."""
-    total = squared_norm(tensor)
-    fit = _Fit(tensor, total, start)
-    best, least, errors = fit.spread(), math.inf, []
-    for _ in range(sweeps):
-        errors.append(fit.sweep(ridge))
-        if errors[-1] < least:
-            best, least = fit.spread(), errors[-1]
-        if float(fit.weights.max()) > LARGEST_WEIGHT * math.sqrt(total):
-            # Components that grow and cancel: more ridge until they stay within bounds.
-            ridge = min(10.0 * ridge, LARGEST_RIDGE)
-        elif len(errors) > 1 and abs(errors[-2] - errors[-1]) < tol:
-            break
-    return best, errors
+    fit = _Fit(tensor, squared_norm(tensor), start, ridge)
+    fit.go_on(sweeps, tol)
+    return fit.best, fit.errors
 
 
 def cp64(
@@ -156,15 +163,15 @@ def cp64(
     if tensor.ndim == 1:
         return [exact[:, None].repeat(1, rank) / rank], 0.0
     generator = torch.Generator().manual_seed(seed)
-    best: list[Tensor] = []
-    least = math.inf
+    kept: _Fit | None = None
     for attempt in range(restarts):
-        start = _start(exact, rank, generator if attempt else None)
-        factors, _ = als64(exact, start, sweeps=sweeps, tol=tol)
-        error = math.sqrt(cp_residual(exact, factors) / total)
-        if error < least:
-            best, least = factors, error
-    return best, least
+        fit = _Fit(exact, total, _start(exact, rank, generator if attempt else None))
+        fit.go_on(sweeps if restarts == 1 else min(sweeps, TRIAL_SWEEPS), tol)
+        if kept is None or fit.least < kept.least:
+            kept = fit
+    assert kept is not None  # there is at least one start
+    kept.go_on(sweeps, tol)
+    return kept.best, math.sqrt(cp_residual(exact, kept.best) / total)
 
 
 def cp_als(
@@ -180,9 +187,10 @@ def cp_als(
 
     U_n ← unfold_n(A)·KR·(⊛ Gram + εI)⁻¹ with ε = 1e-10·trace/R, columns normalised after every update,
     weights spread evenly over the factors at the end. The first start is the leading singular vectors of
-    the unfoldings, the others are random; the best is kept. A start ends when the relative error changes by
-    less than `tol` or after `sweeps` sweeps. Where a component's norm passes 1000·‖A‖ (degenerate fits,
-    whose components grow and cancel) ε is raised tenfold a sweep, to 1e-2 at most.
+    the unfoldings, the others are random; of several, all take 20 sweeps and only the one of least error
+    goes on, so a start that would have overtaken it later is lost. A start ends when the relative error
+    changes by less than `tol` or after `sweeps` sweeps. Where a component's norm passes 1000·‖A‖
+    (degenerate fits, whose components grow and cancel) ε is raised tenfold a sweep, to 1e-2 at most.
 
     The modes form two groups; one product of the tensor with a group's Khatri-Rao product serves all modes
     of the other: 2·numel·R multiply-adds a sweep. Computed in float64, cast to the dtype and device of

@@ -35,6 +35,28 @@ def test_components_are_the_planted_ones():
         assert torch.allclose(cosines.abs().max(dim=1).values, torch.ones(3, dtype=torch.float64), atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_only_the_best_start_of_the_trial_goes_on(seed):
+    tensor, sweeps, trial = random(7, 6, 5, seed=seed), 60, cp_module.TRIAL_SWEEPS
+    generator = torch.Generator().manual_seed(3)
+    starts = [cp_module._start(tensor, 4, generator if k else None) for k in range(4)]
+    runs = [cp_module.als64(tensor, list(start), sweeps=sweeps, tol=0.0) for start in starts]
+    best, errors = min(runs, key=lambda run: min(run[1][:trial]))
+    found = decompose.cp_als(tensor, 4, restarts=4, sweeps=sweeps, tol=0.0, seed=3)
+    assert found.relative_error == pytest.approx(min(errors), rel=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(found.factors, best, strict=True))
+
+
+def test_losing_starts_cost_the_trial_sweeps_alone(monkeypatch):
+    original, calls = cp_module._Fit.sweep, []
+    monkeypatch.setattr(cp_module._Fit, "sweep", lambda *a: calls.append(1) or original(*a))
+    decompose.cp_als(random(7, 6, 5), 4, restarts=3, sweeps=100, tol=0.0)
+    assert len(calls) == 100 + 2 * cp_module.TRIAL_SWEEPS
+    calls.clear()
+    decompose.cp_als(random(7, 6, 5), 4, restarts=3, sweeps=6, tol=0.0)
+    assert len(calls) == 3 * 6
+
+
 def test_weights_are_spread_evenly():
     factors, _ = decompose.cp_als(random(5, 6, 7), 4)
     norms = torch.stack([factor.norm(dim=0) for factor in factors])
