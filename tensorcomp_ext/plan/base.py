@@ -87,8 +87,8 @@ class Plan(ABC):
         """:meth:`run` for checked inputs like ``case``; it reads the layer's factors at each call."""
         return self.run
 
-    def backward_factor(self) -> float:
-        """Time of forward and backward over that of forward alone, in multiply-adds."""
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        """Time of forward and backward over that of forward alone."""
         return 3.0
 
 

@@ -58,3 +58,6 @@ class ByForm(Plan):
 
     def bind_training(self, layer: PlannedLayer, case: Case) -> TrainingCall:
         return self.of(layer).bind_training(layer, case)
+
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        return self.of(layer).backward_factor(layer)

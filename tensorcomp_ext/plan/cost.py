@@ -41,5 +41,5 @@ def predict(plan: Plan, layer: PlannedLayer, case: Case) -> float:
     bound by arithmetic at most ranks, and the rates measured for it leave fused plans little advantage there.
     """
     machine, size = machine_rates(layer, case), entry_size(case)
-    factor = plan.backward_factor() if case.training else 1.0
+    factor = plan.backward_factor(layer) if case.training else 1.0
     return sum(stage_seconds(stage, machine, size, factor) for stage in plan.stages(layer, case))

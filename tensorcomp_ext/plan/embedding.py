@@ -18,6 +18,7 @@ from .case import Case
 from .embedding_geometry import EmbeddingGeometry
 from .geometry import Bound
 from .layer import PlannedLayer
+from .parts import RECOMPUTED
 from .training import TrainingCall
 
 _ORDERING = 16
@@ -127,6 +128,9 @@ class FusedEmbedding(Plan):
         rank = max(core.shape[3] for core in cores)
         moved = layer.weight.numel + indices * (layer.weight.shape[1] + _ORDERING)
         return [Stage("fused", chain_macs(cores, indices, shared=True), rank, moved)]
+
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        return RECOMPUTED
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
         geometry = lookup(layer)

@@ -29,6 +29,3 @@ class Fused(ByForm):
         FusedEmbedding(),
     )
     what: ClassVar[str] = "two-dimensional bottleneck convolutions, linear layers and embeddings"
-
-    def backward_factor(self) -> float:
-        return 4.0  # the rank-space activations are computed again in backward

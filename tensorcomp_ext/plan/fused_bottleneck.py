@@ -16,7 +16,7 @@ from .case import Case
 from .geometry import Bound, FoldedBound
 from .layer import PlannedLayer
 from .packed_bottleneck import bind_bottleneck
-from .parts import conv_parts, fused_stage, in_autocast_dtype, is_plain
+from .parts import RECOMPUTED, conv_parts, fused_stage, in_autocast_dtype, is_plain
 
 _OPS = torch.ops.tensorcomp
 
@@ -39,6 +39,9 @@ class FusedBottleneck(Plan):
         form = conv_parts(layer).form
         width = form.core.shape[0] if form.depthwise else min(form.core.shape[:2])
         return [fused_stage("fused", layer, case, width)]
+
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        return RECOMPUTED
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
         form, (stride, padding, dilation) = conv_parts(layer)

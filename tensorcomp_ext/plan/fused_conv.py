@@ -15,6 +15,7 @@ from .geometry import Bound, FoldedBound
 from .layer import PlannedLayer
 from .packed_bottleneck import bind_bottleneck
 from .parts import (
+    RECOMPUTED,
     conv_parts,
     conv_support,
     fused_stage,
@@ -37,6 +38,9 @@ class FusedConv(Plan):
 
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
         return [fused_stage("fused", layer, case, min(conv_parts(layer).form.core.shape[:2]))]
+
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        return RECOMPUTED
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
         form, (stride, padding, dilation) = conv_parts(layer)

@@ -15,7 +15,7 @@ from .case import Case, autocast_dtype
 from .geometry import Bound, FoldedBound
 from .layer import PlannedLayer
 from .networks import KERNEL, matrices, network_of
-from .parts import in_autocast_dtype
+from .parts import CHAINED, in_autocast_dtype
 from .staged_network import StagedNetwork
 from .training import TrainingCall
 
@@ -34,8 +34,8 @@ class FusedNetwork(StagedNetwork):
         probe = network_of(layer).cores[0].new_empty((0, case.shape[-1]), dtype=case.torch_dtype)
         return native_support(probe, (), found.chain.program)
 
-    def backward_factor(self) -> float:
-        return 4.0  # the results between the products are computed again in backward
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        return CHAINED
 
     def apply(self, layer: PlannedLayer, x: Tensor, chain: Chain) -> Tensor:
         made = matrices(chain, network_of(layer).cores, x.device.type)

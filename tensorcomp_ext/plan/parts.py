@@ -18,6 +18,11 @@ from .case import Case, autocast_dtype
 from .geometry import ConvGeometry
 from .layer import PlannedLayer
 
+RECOMPUTED = 4.0
+"""Work of a training call over that of a forward one where backward computes rank space again."""
+CHAINED = 3.2
+"""The same of the chain kernel: what it computes again never leaves the cache, where a pass is cheap."""
+
 
 class ConvParts(NamedTuple):
     """A two-dimensional bottleneck convolution as the ops take it."""

@@ -39,7 +39,7 @@ class StagedNetwork(Plan):
 
     def found(self, layer: PlannedLayer, case: Case) -> Found | None:
         """The order this plan follows."""
-        return find(layer, case, self.kind, self.groups, self.backward_factor())
+        return find(layer, case, self.kind, self.groups, self.backward_factor(layer))
 
     def chain(self, layer: PlannedLayer, case: Case) -> Chain:
         found = self.found(layer, case)
