@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..formats import TwoFactor
 from ..ops import Support, two_factor_linear
+from ..ops.chain import Program, Step, bind_packed_chain
 from ..ops.two_factor_linear import (
     bind_packed_pair,
     differentiable_two_factor,
@@ -17,9 +18,9 @@ from ..ops.two_factor_linear import (
 )
 from .base import Plan, Stage
 from .case import Case, autocast_dtype
-from .geometry import Bound, LinearGeometry
+from .geometry import Bound, FoldedBound, LinearGeometry
 from .layer import PlannedLayer
-from .parts import fused_stage, in_autocast_dtype, parameter_names
+from .parts import CHAINED, fused_stage, in_autocast_dtype, parameter_names
 from .training import TrainingCall
 
 
@@ -42,6 +43,9 @@ class FusedPair(Plan):
 
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
         return [fused_stage("pair", layer, case, _form(layer).a.shape[1])]
+
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        return CHAINED
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
         form = _form(layer)
@@ -66,8 +70,20 @@ class FusedPair(Plan):
         return call
 
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
-        form, dtype = _form(layer), case.torch_dtype
-        (packed,) = layer.prepared(
-            "fused", dtype, lambda: (pack_two_factor(form.a.to(dtype), form.b.to(dtype)),)
-        )
-        return bind_packed_pair(packed, two_factor_sizes(form.a, form.b, case.tf32))
+        form = _form(layer)
+        return bind_packed_pair(_packed(layer, case), two_factor_sizes(form.a, form.b, case.tf32))
+
+    def bind_folded(self, layer: PlannedLayer, case: Case, relu: bool) -> FoldedBound | None:
+        if case.device != "cpu":
+            return None
+        a, b = _form(layer).a, _form(layer).b
+        steps = tuple(Step((0,), (factor.shape[0],), (0,)) for factor in (b, a))
+        # On the CPU packed factors are the packed chain of both.
+        return bind_packed_chain(_packed(layer, case), Program((b.shape[1],), steps), relu=relu)
+
+
+def _packed(layer: PlannedLayer, case: Case) -> Tensor:
+    """Both factors as the kernel reads them, kept with the layer."""
+    form, dtype = _form(layer), case.torch_dtype
+    (packed,) = layer.prepared("fused", dtype, lambda: (pack_two_factor(form.a.to(dtype), form.b.to(dtype)),))
+    return packed

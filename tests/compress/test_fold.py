@@ -15,6 +15,7 @@ import tensorcomp_ext as tc
 from tensorcomp_ext.compress.fold import FoldError
 from tensorcomp_ext.compress.fold_weights import difference
 from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear, FoldedLayer, fold_layer
+from tensorcomp_ext.plan import get_plan
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -110,6 +111,43 @@ def test_every_plan_adds_and_rectifies(plan: str, relu: bool, second: bool) -> N
         assert difference(found, F.relu(expected) if relu else expected) < 1e-5
         assert torch.equal(found, again)
         assert residual is None or torch.equal(residual, kept)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", ["svd", "tt", "cp", "tr", "tr conv", "cp conv"])
+def test_own_kernels_add_and_rectify_as_they_store(
+    format: str, dtype: torch.dtype, relu: bool, second: bool
+) -> None:
+    """The call bound for a folded layer is one call of the kernel, of odd sizes, strided rows and none."""
+    torch.manual_seed(0)
+    layer: Any
+    if format.endswith("conv"):
+        layer = FactorizedConv2d(5, 7, 3, 2, 1, format=format.split()[0], rank=3, dtype=dtype)
+        inputs = [torch.randn(2, 5, 9, 8), torch.randn(1, 5, 3, 3)]
+    else:
+        layer = FactorizedLinear(15, 21, format=format, rank=3, dtype=dtype)
+        inputs = [torch.randn(9, 15), torch.randn(2, 3, 15), torch.randn(15, 4).t(), torch.randn(0, 15)]
+    layer.bias.data.normal_()
+    made = fold_layer(layer, relu=relu)
+    made.plan = "fused"
+    dense = layer.to_dense().double()
+    for x in (given.to(dtype) for given in inputs):
+        case = made.case(x, training=False)
+        if not get_plan("fused").support(made, case).ok:
+            pytest.skip(get_plan("fused").support(made, case).reason)
+        with torch.no_grad():
+            expected = dense(x.double())
+            residual = torch.randn(expected.shape).to(dtype) if second else None
+            whole = get_plan("fused").bind_folded(made, case, relu)
+            assert whole is not None
+            expected = expected if residual is None else expected + residual
+            expected = F.relu(expected) if relu else expected
+            for found in (whole(x, made.bias, residual), made(x, residual), made(x, residual)):
+                assert found.shape == expected.shape and found.dtype == dtype
+                if x.numel():
+                    assert difference(found.double(), expected) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_gradients_and_single_images_go_through() -> None:
