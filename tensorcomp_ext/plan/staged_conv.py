@@ -78,10 +78,28 @@ def _core(geometry: Geometry, z: Tensor, core: Tensor, ring: int, depthwise: boo
         return geometry.apply(z, core, None, core.shape[0])
     if ring == 1:
         return geometry.apply(z, core)
+    if _is_channels_last(z):
+        return _ring_channels_last(geometry, z, core, ring)
     batch, inner = z.shape[0], core.shape[1]
     # Sizes in full: of an empty batch none could be inferred.
     y = geometry.apply(z.reshape(batch * ring, inner, *z.shape[2:]), core)
     return y.reshape(batch, ring * core.shape[0], *y.shape[2:])
+
+
+def _ring_channels_last(geometry: Geometry, z: Tensor, core: Tensor, ring: int) -> Tensor:
+    """The same for channels-last images, whose result is one as well."""
+    batch, sizes, (inner_out, inner) = z.shape[0], z.shape[2:], core.shape[:2]
+    # Contiguous also where a view would do, of one image or one channel: the library asks for it.
+    parts = z.movedim(1, -1).reshape(batch, *sizes, ring, inner).movedim(-2, 1).contiguous()
+    y = geometry.apply(parts.reshape(batch * ring, *sizes, inner).movedim(-1, 1), core)
+    sizes = y.shape[2:]
+    whole = y.movedim(1, -1).reshape(batch, ring, *sizes, inner_out).movedim(1, -2).contiguous()
+    return whole.reshape(batch, *sizes, ring * inner_out).movedim(-1, 1)
+
+
+def _is_channels_last(z: Tensor) -> bool:
+    """Told by strides, which tensors have also in traces and transforms."""
+    return z.dim() > 3 and z.stride(1) == 1 and not z.is_contiguous()
 
 
 def _form(layer: PlannedLayer) -> BottleneckConv:

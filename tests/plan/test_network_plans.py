@@ -121,6 +121,28 @@ def test_every_plan_of_a_convolution(format: str, spatial: int) -> None:
             assert layer(x[:0]).shape == (0, 8, 4, 4)
 
 
+@pytest.mark.parametrize("rank", [(2, 3, 4), (2, 1, 1), (3, 1, 2)])
+@pytest.mark.parametrize("spatial", [2, 3])
+def test_rings_keep_the_layout(spatial: int, rank: tuple[int, ...]) -> None:
+    """Of channels-last images the dense layer makes channels-last ones."""
+    torch.manual_seed(0)
+    layer = _WAYS[spatial](6, 8, 3, stride=2, padding=1, format="tr", rank=rank)
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[spatial]
+    for batch in (0, 1, 2):
+        for layout in (torch.contiguous_format, last):
+            x = torch.randn(batch, 6, *(7,) * spatial).contiguous(memory_format=layout)
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad):
+                    layer.plan = "staged"
+                    y = layer(x)
+                    layer.plan = "dense"
+                    expected = layer(x)
+                assert y.shape == expected.shape
+                if batch:
+                    assert y.stride() == expected.stride()
+                    assert relative(y.detach(), expected.detach()) <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["tt", "ttm", "cp", "tucker"])
 def test_autocast(name: str) -> None:
     format, rank, modes = LINEAR[name]
@@ -222,6 +244,18 @@ def test_tuned_choices_travel() -> None:
     other[0].tuned = {}
     assert import_choices(other, json.loads(json.dumps(export_choices(model)))) == 2
     assert other[0].tuned == model[0].tuned
+
+
+def test_what_is_computed_again_in_backward_counts() -> None:
+    """The chain kernel does so within the cache; a convolution in a second pass."""
+    plan = get_plan("fused")
+    conv = FactorizedConv2d(6, 8, 3, format="tucker2", rank=(3, 4))
+    ring = FactorizedConv2d(6, 8, 3, format="tr", rank=2)
+    chained = [plan.backward_factor(linear(*LINEAR[name][:2], **LINEAR[name][2])) for name in ("svd", "tt")]
+    again = [plan.backward_factor(layer) for layer in (conv, ring)]
+    assert chained[0] == chained[1] == get_plan("pair").backward_factor(linear("tt", 3, **THREE))
+    assert 3.0 < chained[0] < again[0] == again[1]
+    assert get_plan("staged").backward_factor(conv) == 3.0
 
 
 def test_cost_of_a_chain() -> None:
