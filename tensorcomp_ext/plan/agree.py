@@ -16,6 +16,9 @@ Elsewhere a plan of such kernels is chosen where ``tune`` has compared its resul
 where it is forced.
 """
 
+_LIBRARY = ("staged", "merged", "dense")
+"""Plans of the library's kernels: those that round most like the package's own first."""
+
 _LIMITS = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e-2}
 """Relative L2 difference by dtype that roundings explain, those of TF32 among them."""
 
@@ -24,12 +27,17 @@ def disagreements(calls: Mapping[str, Callable[[], object]]) -> dict[str, str]:
     """The plans of own kernels whose results differ from the library's, and by how much.
 
     Args:
-        calls: plan name to a call that returns the output, or a tuple of gradients; it must hold "staged".
+        calls: plan name to a call that returns the output, or a tuple of gradients. Results are compared with
+            those of the first of "staged", "merged" and "dense" among them; without any, no plan of own
+            kernels agrees.
     """
     own = [name for name in calls if get_plan(name).own_kernels]
     if not own:
         return {}
-    expected = _tensors(calls["staged"]())
+    library = next((name for name in _LIBRARY if name in calls), None)
+    if library is None:
+        return dict.fromkeys(own, "no plan of the library serves here to compare its results with")
+    expected = _tensors(calls[library]())
     found = {}
     for name in own:
         worst = max(

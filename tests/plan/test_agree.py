@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tensorcomp_ext.nn import FactorizedConv2d
+from tensorcomp_ext.nn import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from tensorcomp_ext.ops import Support
-from tensorcomp_ext.plan import Partial, agree, cost, get_plan, tune, tuner
+from tensorcomp_ext.plan import Partial, PlannedLayer, agree, cost, get_plan, plans_for, tune, tuner
 from tensorcomp_ext.plan.agree import disagreements
 from tensorcomp_ext.plan.rates import Rates
 from tensorcomp_ext.plan.select import candidates, choose, traced_plan
@@ -75,6 +75,59 @@ def test_where_the_library_overflows_nothing_is_compared() -> None:
     overflow = torch.tensor([float("inf"), 1.0])
     assert disagreements(calls(overflow, overflow)) == {}
     assert disagreements({"dense": lambda: overflow}) == {}
+
+
+def test_some_plan_of_the_library_is_compared_with() -> None:
+    right, wrong = torch.ones(3), torch.zeros(3)
+    for library in ("staged", "merged", "dense"):
+        assert disagreements({library: lambda: right, "fused": lambda: right, "pair": lambda: right}) == {}
+        found = disagreements({library: lambda: right, "fused": lambda: wrong, "pair": lambda: right})
+        assert list(found) == ["fused"]
+    assert disagreements({"dense": lambda: wrong, "staged": lambda: right, "fused": lambda: right}) == {}
+    (reason,) = disagreements({"fused": lambda: right}).values()
+    assert reason.startswith("no plan of the library serves here")
+
+
+def other_layers() -> dict[str, tuple[PlannedLayer, Tensor]]:
+    torch.manual_seed(0)
+    tt = FactorizedLinear(24, 30, format="tt", rank=4, in_modes=(2, 3, 4), out_modes=(5, 2, 3))
+    table = FactorizedEmbedding(60, 24, rank=4, format="ttm")
+    return {
+        "network": (tt, torch.randn(9, 24)),
+        "pair": (FactorizedLinear(24, 30, rank=4), torch.randn(9, 24)),
+        "embedding": (table, torch.randint(60, (40,))),
+    }
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["network", "pair", "embedding"])
+def test_untried_kernels_of_other_layers(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not chosen unless tuned or forced; tune compares them."""
+    layer, x = other_layers()[name]
+    own = [plan.name for plan in plans_for(layer) if plan.own_kernels]
+    assert "fused" in own and ("pair" in own) == (name == "network")
+    for module in ("select", "tuner"):
+        monkeypatch.setattr(f"tensorcomp_ext.plan.{module}.TRIED_DEVICES", ())
+    for candidate in layer.plans(x, training=training):
+        if candidate.name in own:
+            waits = "tune compares its results" if candidate.available.ok else candidate.available.reason
+            assert not candidate.chosen and candidate.reason.startswith(waits)
+    assert traced_plan(layer, training) not in own
+    compared: list[str] = []
+
+    def compare(calls: Mapping[str, Callable[[], object]]) -> dict[str, str]:
+        compared.extend(calls)
+        return agree.disagreements(calls)
+
+    monkeypatch.setattr(tuner, "disagreements", compare)
+    found = tune(layer, x, training=training, min_seconds=1e-4).layers[0]
+    assert "staged" in compared and not any("differ" in text for text in found.unavailable.values())
+    served = [plan for plan in own if get_plan(plan).support(layer, layer.case(x, training)).ok]
+    for plan in served:
+        assert plan in found.timings or "the same products" in found.unavailable[plan]
+        layer.plan = plan
+        assert choose(layer, layer.case(x, training)).name == plan
+        layer.plan = None
 
 
 @pytest.mark.parametrize("training", [False, True])
