@@ -4,6 +4,7 @@ A plan is one file with a class under ``@register_plan``; layers know plans only
 """
 
 from .base import Candidate, Plan, Stage, get_plan, plans_for, register_plan
+from .candidates import CandidateList
 from .case import Case
 from .choices import export_choices, import_choices
 from .embedding_geometry import EmbeddingGeometry
@@ -24,6 +25,7 @@ from .tuning import LayerTuning, Timing, TuneResult
 
 __all__ = [
     "Candidate",
+    "CandidateList",
     "Case",
     "ConvGeometry",
     "Dense",

@@ -12,7 +12,7 @@ from torch.overrides import is_tensor_like
 
 from ..formats import Format
 from ..ops._transforms import transformed
-from .base import Candidate, Plan, get_plan, plans_for
+from .base import Plan, get_plan, plans_for
 from .case import Case, autocast_dtype, memory_layout
 from .geometry import Bound, Geometry
 from .precision import tf32_state
@@ -20,6 +20,7 @@ from .state import Prepared
 from .training import Trained
 
 if TYPE_CHECKING:
+    from .candidates import CandidateList
     from .networks import Found
 
 _is_compiling = torch.compiler.is_compiling
@@ -101,8 +102,10 @@ class PlannedLayer(nn.Module, ABC):
         self._prefer = policy
         self._forget()
 
-    def plans(self, x: Tensor, *, training: bool | None = None) -> list[Candidate]:
+    def plans(self, x: Tensor, *, training: bool | None = None) -> CandidateList:
         """The candidates for an input like ``x``, with predicted and measured seconds, the chosen one marked.
+
+        A list, the chosen one first; printed, a table.
 
         Args:
             training: list for calls with gradients; None: as a call now would be.

@@ -10,6 +10,7 @@ import torch
 from ..ops import Support
 from .agree import TRIED_DEVICES
 from .base import Candidate, Plan, get_plan, offered, plans_for
+from .candidates import CandidateList
 from .case import Case
 from .cost import predict
 from .embedding import lookup
@@ -62,7 +63,7 @@ def _untried(plan: Plan, device: str) -> bool:
     return plan.own_kernels and device not in TRIED_DEVICES
 
 
-def candidates(layer: PlannedLayer, case: Case) -> list[Candidate]:
+def candidates(layer: PlannedLayer, case: Case) -> CandidateList:
     """Every candidate for a case, fastest known first."""
     plans = plans_for(layer)
     forced = layer.plan
@@ -96,7 +97,9 @@ def candidates(layer: PlannedLayer, case: Case) -> list[Candidate]:
                 program=plan.program(layer, case),
             )
         )
-    return sorted(found, key=lambda c: (not c.chosen, not c.available.ok, c.measured or c.predicted))
+    return CandidateList(
+        sorted(found, key=lambda c: (not c.chosen, not c.available.ok, c.measured or c.predicted))
+    )
 
 
 def _reason(
@@ -138,9 +141,11 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
     for name, _ in tuned.most_common():
         if name in names:
             return name
-    if lookup(layer) is not None:
-        return "fused"  # its op serves every device, and no size of a table is worth a rebuild in a graph
     weight = layer.weight
+    device = weight.factors[0].device.type
+    if lookup(layer) is not None:
+        # The op serves every device, and no size of a table is worth a rebuild in a graph.
+        return "staged" if _untried(get_plan("fused"), device) else "fused"
     found = layer.traced_found
     if found is not None and not layer.geometry.spatial:
         macs = found.chain.program.macs()
@@ -150,7 +155,7 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
         return "dense"
     sizes = (0, weight.shape[1], *(1,) * layer.geometry.spatial)
     dtype = str(weight.factors[0].dtype).removeprefix("torch.")
-    case = Case(sizes, dtype, "contiguous", weight.factors[0].device.type, training, 1, layer.prefer)
+    case = Case(sizes, dtype, "contiguous", device, training, 1, layer.prefer)
     # Of two large products the library's are hard to beat; without a shape nothing tells how large they are.
     fused = get_plan("fused")
     if (
