@@ -123,9 +123,8 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
     bias = dense(*call.bias);
     p.bias = bias.const_data_ptr();
   }
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size(), 1);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = program.out_features;
-  for (size_t d = sizes.size() - 1; d-- > 0;) strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
   if (call.residual) {
     residual = dense(*call.residual);
     STD_TORCH_CHECK(
@@ -133,10 +132,7 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
         call.name, ": residual must have the result's shape, dtype and device, got ", list_of_sizes(residual));
     p.residual = residual.const_data_ptr();
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), torch_dtype(p.dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor y(handle);
+  Tensor y = empty_contiguous(sizes, p.dtype);
   if (y.numel() == 0) return y;
   p.x = rows.const_data_ptr();
   p.y = y.mutable_data_ptr();

@@ -10,14 +10,7 @@ namespace {
 
 Tensor zeroed(Tensor t) { return torch::stable::zero_(t); }
 
-Tensor like_rows(const Tensor& t, DType dtype) {
-  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end()), strides(sizes.size(), 1);
-  for (size_t d = sizes.size() - 1; d-- > 0;) strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(t.dim(), sizes.data(), strides.data(), torch_dtype(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
+Tensor like_rows(const Tensor& t, DType dtype) { return empty_contiguous({t.sizes().begin(), t.sizes().end()}, dtype); }
 
 // Gradients of x, the bias and the matrices; those whose bit is not in `mask` are empty.
 std::vector<Tensor> run_backward(const char* name, const ChainProgram& program, const Tensor& grad, const Tensor& x,

@@ -11,8 +11,10 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "../kernels/params.h"
+#include "huge_pages.h"
 
 namespace tensorcomp::ops {
 
@@ -27,17 +29,30 @@ inline DType kernel_dtype(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBfloat16;
 }
 
+inline int32_t torch_dtype(DType dtype) {
+  return dtype == DType::kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+}
+
+inline Tensor empty_cpu(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor made(handle);
+  prefer_huge_pages(made.mutable_data_ptr(), static_cast<size_t>(made.numel()) * made.element_size());
+  return made;
+}
+
 template <size_t kDims>
 inline Tensor empty_cpu(const std::array<int64_t, kDims>& sizes, const std::array<int64_t, kDims>& strides,
                         int32_t dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(kDims), sizes.data(), strides.data(),
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_cpu(static_cast<int64_t>(kDims), sizes.data(), strides.data(), dtype);
 }
 
-inline int32_t torch_dtype(DType dtype) {
-  return dtype == DType::kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+// A contiguous tensor.
+inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, DType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return empty_cpu(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), torch_dtype(dtype));
 }
 
 inline Tensor empty_bytes(size_t bytes) {

@@ -112,7 +112,7 @@ Tensor ttm_embedding(const Tensor& indices, std::vector<Tensor> cores, int64_t n
   const auto index_sizes = indices.sizes();
   std::vector<int64_t> sizes(index_sizes.begin(), index_sizes.end());
   sizes.push_back(problem.dim);
-  Tensor y = torch::stable::new_empty(cores[0], sizes);
+  Tensor y = empty_contiguous(sizes, problem.shape.dtype);
   char* to = static_cast<char*>(y.mutable_data_ptr());
   const size_t row_bytes = static_cast<size_t>(problem.dim) * (problem.shape.dtype == DType::kFloat32 ? 4 : 2);
   for (const int64_t place : problem.order.padding)
