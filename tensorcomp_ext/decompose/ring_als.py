@@ -13,6 +13,11 @@ from .solve import solve_normal
 from .tensor_train import chain_product, chain_residual, middle_cut
 from .unfolding import squared_norm
 
+# Ridges of the first sweeps from random cores.
+FALLING_RIDGES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+# Sweeps of every start, those under a falling ridge not counted, before only the best goes on.
+TRIAL_SWEEPS = 10
+
 
 class RingFit(NamedTuple):
     """Cores [R_k, n_k, R_{k+1}] in float64 and the relative error after every sweep."""
@@ -144,3 +149,38 @@ def ring_als64(tensor: Tensor, start: Sequence[Tensor], *, ridge: float, sweeps:
         if errors[-1] <= tol or (len(errors) > 1 and abs(errors[-2] - errors[-1]) < tol):
             break
     return RingFit(halves[0] + halves[1], errors)
+
+
+def best_start64(
+    tensor: Tensor,
+    fixed: Sequence[Sequence[Tensor]],
+    random: Sequence[Sequence[Tensor]],
+    *,
+    ridge: float,
+    sweeps: int,
+    tol: float,
+) -> RingFit:
+    """ALS from several starts, of which only the best after a trial goes on.
+
+    `random` starts begin under a ridge that falls from sweep to sweep, which keeps the cores from settling
+    early into one another's mistakes; `fixed` ones, good from the beginning, do without. All count against
+    `sweeps`; the errors returned are those of the sweeps that follow at `ridge`.
+    """
+    fits: list[tuple[RingFit, int]] = []
+    for start, falling in [(s, False) for s in fixed] + [(s, True) for s in random]:
+        cores = list(start)
+        # A short run keeps the end of the sequence, and half of its sweeps.
+        ridges = (
+            FALLING_RIDGES[len(FALLING_RIDGES) - min(len(FALLING_RIDGES), sweeps // 2) :] if falling else ()
+        )
+        for early in ridges:
+            cores = ring_als64(tensor, cores, ridge=max(ridge, early), sweeps=1, tol=0.0).cores
+        left = sweeps - len(ridges)
+        trial = left if len(fixed) + len(random) == 1 else min(left, TRIAL_SWEEPS)
+        fits.append((ring_als64(tensor, cores, ridge=ridge, sweeps=trial, tol=tol), left - trial))
+    kept, left = min(fits, key=lambda pair: pair[0].relative_errors[-1])
+    errors = kept.relative_errors
+    if left == 0 or errors[-1] <= tol or (len(errors) > 1 and abs(errors[-2] - errors[-1]) < tol):
+        return kept
+    rest = ring_als64(tensor, kept.cores, ridge=ridge, sweeps=left, tol=tol)
+    return RingFit(rest.cores, errors + rest.relative_errors)

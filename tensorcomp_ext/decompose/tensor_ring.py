@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .chain_ranks import ChainRanks, ring_ranks
-from .ring_als import ring_als64
+from .ring_als import best_start64
 from .svd import leading_factor
 from .tensor_train import chain_residual, check_matrix, interleave, split_modes, sweep
 from .unfolding import check_tensor, project, squared_norm
 
 SWEEPS = 100
 TOLERANCE = 1e-6
+RESTARTS = 3
 # A ring that is exact to this needs no least squares.
 EXACT = 1e-13
 
@@ -63,9 +64,10 @@ def _rotated_svd(tensor: Tensor, ranks: Sequence[int], start: int) -> list[Tenso
     return [cores[(k - start) % modes] for k in range(modes)]
 
 
-def _random_cores(sizes: Sequence[int], ranks: Sequence[int], norm: float, seed: int) -> list[Tensor]:
+def _random_cores(
+    sizes: Sequence[int], ranks: Sequence[int], norm: float, generator: torch.Generator
+) -> list[Tensor]:
     """Random cores whose ring has about the given norm."""
-    generator = torch.Generator().manual_seed(seed)
     modes = len(sizes)
     scale = norm / math.sqrt(math.prod(sizes) * math.prod(ranks))
     return [
@@ -80,27 +82,55 @@ def _single(tensor: Tensor, rank: int) -> list[Tensor]:
     return [torch.einsum("i,ab->aib", tensor.double(), torch.eye(rank, dtype=torch.float64)) / rank]
 
 
-def _als64(
-    tensor: Tensor, ranks: Sequence[int], start: Sequence[Tensor], ridge: float, sweeps: int, tol: float
-) -> tuple[list[Tensor], float]:
-    if tensor.ndim == 1:
-        cores = _single(tensor, ranks[0])
-        return cores, _error(tensor, cores)
-    fit = ring_als64(tensor.double(), start, ridge=ridge, sweeps=sweeps, tol=tol)
-    return fit.cores, fit.relative_errors[-1]
+class _Search(NamedTuple):
+    """How `tr_als` searches: its checked options."""
+
+    ridge: float
+    sweeps: int
+    tol: float
+    restarts: int
+    seed: int
+
+    def cores(
+        self, tensor: Tensor, ranks: Sequence[int], first: Sequence[Tensor] | None
+    ) -> tuple[list[Tensor], float]:
+        """The best ring from random cores and, where given, from these first ones."""
+        if tensor.ndim == 1:
+            cores = _single(tensor, ranks[0])
+            return cores, _error(tensor, cores)
+        generator = torch.Generator().manual_seed(self.seed)
+        norm = math.sqrt(squared_norm(tensor))
+        fixed = [] if first is None else [first]
+        fit = best_start64(
+            tensor.double(),
+            fixed,
+            [_random_cores(tensor.shape, ranks, norm, generator) for _ in range(self.restarts - len(fixed))],
+            ridge=self.ridge,
+            sweeps=self.sweeps,
+            tol=self.tol,
+        )
+        return fit.cores, fit.relative_errors[-1]
 
 
 def _cast(cores: Sequence[Tensor], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(core.to(like.device, like.dtype).contiguous() for core in cores)
 
 
-def _check_als(name: str, ridge: float, sweeps: int, tol: float) -> None:
-    if sweeps < 1:
-        raise ValueError(f"{name}: sweeps must be at least 1, got {sweeps}")
-    if not 0.0 <= ridge < math.inf:
-        raise ValueError(f"{name}: ridge must be finite and not negative, got {ridge}")
-    if not 0.0 <= tol < math.inf:
-        raise ValueError(f"{name}: tol must be finite and not negative, got {tol}")
+def _search(name: str, **options: float) -> _Search:
+    unknown = sorted(set(options) - set(_Search._fields))
+    if unknown:
+        raise TypeError(
+            f"{name}: options are ridge, sweeps, tol, restarts and seed, got {', '.join(unknown)}"
+        )
+    ridge, tol = float(options.get("ridge", 0.0)), float(options.get("tol", TOLERANCE))
+    sweeps, restarts = int(options.get("sweeps", SWEEPS)), int(options.get("restarts", RESTARTS))
+    for option, count in (("sweeps", sweeps), ("restarts", restarts)):
+        if count < 1:
+            raise ValueError(f"{name}: {option} must be at least 1, got {count}")
+    for option, value in (("ridge", ridge), ("tol", tol)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: {option} must be finite and not negative, got {value}")
+    return _Search(ridge, sweeps, tol, restarts, int(options.get("seed", 0)))
 
 
 def tr_svd(tensor: Tensor, ranks: ChainRanks) -> TensorRing:
@@ -131,6 +161,7 @@ def tr_als(
     ridge: float = 0.0,
     sweeps: int = SWEEPS,
     tol: float = TOLERANCE,
+    restarts: int = RESTARTS,
     seed: int = 0,
 ) -> TensorRing:
     """Tensor ring by alternating least squares from random cores (Zhao et al., 2016).
@@ -138,23 +169,28 @@ def tr_als(
     Each core in turn is the least-squares solution of its unfolding against the merged other cores. The
     normal equations come from transfer matrices, so the design matrix is not formed; where they are
     ill-conditioned (Cholesky diagonal spanning more than 1e6) the design matrix, reduced by a QR of the
-    other half of the ring, is factorised with column pivoting instead. Without ridge the error never
-    increases. A sweep costs about 3·numel·R² + d·R⁶ multiply-adds.
+    other half of the ring, is factorised with column pivoting instead. A sweep costs about 3·numel·R² + d·R⁶
+    multiply-adds.
+
+    The first seven sweeps of a start are under a ridge (ours) that falls from 0.1 to 1e-4 (fewer than 14
+    sweeps: their first half); after them, without `ridge`, the error never increases. Of several starts all
+    take ten sweeps more and only the one of least error goes on. The problem has local minima: of planted
+    rings some are found from no start, more so where the ranks are near the sizes of the modes.
 
     Arguments:
         ranks: an int or (R_0 … R_{d-1}), clipped as `ring_ranks` says
         ridge: added to the normal equations, relative to the mean of their diagonal (1e-8 tames cores that
-        grow) sweeps, tol: stop after so many sweeps, or when the relative error or its change falls below tol
-        seed: of the random start
+            grow)
+        sweeps, tol: stop after so many sweeps, or when the relative error or its change falls below tol
+        restarts, seed: how many random starts, and what they are drawn from
 
-    Raises ValueError for NaN, Inf, wrong ranks, a negative ridge or tol, no sweep; DecompositionError when
-    the least squares fail.
+    Raises ValueError for NaN, Inf, wrong ranks, a negative ridge or tol, no sweep, no start;
+    DecompositionError when the least squares fail.
     """
-    _check_als("tr_als", ridge, sweeps, tol)
+    search = _search("tr_als", ridge=ridge, sweeps=sweeps, tol=tol, restarts=restarts, seed=seed)
     checked = check_tensor(tensor, "tr_als: tensor", min_ndim=1).contiguous()
     used = ring_ranks(checked.shape, ranks, "tr_als: ranks")
-    start = _random_cores(checked.shape, used, math.sqrt(squared_norm(checked)), seed)
-    cores, error = _als64(checked, used, start, ridge, sweeps, tol)
+    cores, error = search.cores(checked, used, None)
     return TensorRing(_cast(cores, tensor), error)
 
 
@@ -164,9 +200,7 @@ def _ring64(
     """`tensor_ring` of a checked contiguous tensor."""
     if method not in ("auto", "svd", "als"):
         raise ValueError(f"{name}: method must be 'auto', 'svd' or 'als', got {method!r}")
-    ridge, sweeps = float(options.get("ridge", 0.0)), int(options.get("sweeps", SWEEPS))
-    tol, seed = float(options.get("tol", TOLERANCE)), int(options.get("seed", 0))
-    _check_als(name, ridge, sweeps, tol)
+    search = _search(name, **options)
     rotation = None if method == "als" or tensor.ndim == 1 else _rotation(tensor.shape, ranks)
     if rotation is None:
         if method == "svd":
@@ -174,13 +208,12 @@ def _ring64(
                 f"{name}: method 'svd' needs a mode n_k ≥ R_k·R_k+1, got modes {tuple(tensor.shape)} and "
                 f"{tuple(ranks)}; use 'als'"
             )
-        start = _random_cores(tensor.shape, ranks, math.sqrt(squared_norm(tensor)), seed)
-        return _als64(tensor, ranks, start, ridge, sweeps, tol)
+        return search.cores(tensor, ranks, None)
     cores = _rotated_svd(tensor, ranks, rotation)
     error = _error(tensor, cores)
     if method == "svd" or error < EXACT:
         return cores, error
-    improved, smaller = _als64(tensor, ranks, cores, ridge, sweeps, tol)
+    improved, smaller = search.cores(tensor, ranks, cores)
     return (improved, smaller) if smaller <= error else (cores, error)
 
 
@@ -190,13 +223,13 @@ def tensor_ring(
     """Tensor ring of `tensor` [n_1, …, n_d]: cores [R_k, n_k, R_{k+1}].
 
     "svd": TR-SVD begun at a mode with R_k·R_{k+1} ≤ n_k. "als": `tr_als`. "auto": TR-SVD where there is
-    such a mode, improved by least squares (the error never increases); else `tr_als`. `options`: ridge,
-    sweeps, tol and seed of `tr_als`. Errors as `tr_als`; ValueError too for "svd" where no mode is large
-    enough.
+    such a mode, improved by least squares (the error never increases) or outdone by one of restarts − 1
+    random starts; else `tr_als`. `options`: ridge, sweeps, tol, restarts and seed of `tr_als`. Errors as
+    `tr_als`; ValueError too for "svd" where no mode is large enough.
     """
     checked = check_tensor(tensor, "tensor_ring: tensor", min_ndim=1).contiguous()
     used = ring_ranks(checked.shape, ranks, "tensor_ring: ranks")
-    cores, error = _ring64("tensor_ring", checked, used, method, _check_options("tensor_ring", options))
+    cores, error = _ring64("tensor_ring", checked, used, method, options)
     return TensorRing(_cast(cores, tensor), error)
 
 
@@ -216,12 +249,5 @@ def tr_matrix(
     checked, outs, ins = check_matrix("tr_matrix", matrix, out_modes, in_modes)
     tensor = interleave(checked, outs, ins)
     used = ring_ranks(tensor.shape, ranks, "tr_matrix: ranks")
-    cores, error = _ring64("tr_matrix", tensor, used, method, _check_options("tr_matrix", options))
+    cores, error = _ring64("tr_matrix", tensor, used, method, options)
     return TensorRing(split_modes(cores, outs, ins, matrix), error)
-
-
-def _check_options(name: str, options: dict[str, float]) -> dict[str, float]:
-    unknown = sorted(set(options) - {"ridge", "sweeps", "tol", "seed"})
-    if unknown:
-        raise TypeError(f"{name}: options are ridge, sweeps, tol and seed, got {', '.join(unknown)}")
-    return options

@@ -28,7 +28,7 @@ class TR(ChainFormat):
         in_modes, out_modes: the modes of columns and rows (input and output channels).
         input_order: of a matrix, the order in which the in modes index the columns, row-major.
 
-    Options of ``from_dense``: ``method``, ``ridge``, ``sweeps``, ``tol``, ``seed``; see
+    Options of ``from_dense``: ``method``, ``ridge``, ``sweeps``, ``tol``, ``restarts``, ``seed``; see
     :func:`..decompose.tensor_ring`.
 
     Raises:
@@ -38,7 +38,9 @@ class TR(ChainFormat):
     """
 
     closed = True
-    method_options: ClassVar[frozenset[str]] = frozenset({"method", "ridge", "sweeps", "tol", "seed"})
+    method_options: ClassVar[frozenset[str]] = frozenset(
+        {"method", "ridge", "sweeps", "tol", "restarts", "seed"}
+    )
 
     @classmethod
     def limits(cls, folding: Folding) -> tuple[int, ...]:

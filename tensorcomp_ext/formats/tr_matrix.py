@@ -30,7 +30,7 @@ class TRMatrix(MatrixChainFormat):
         in_modes, out_modes: the modes of columns and rows, as many of both.
         input_order: the order in which the in modes index the columns, row-major.
 
-    Options of ``from_dense``: ``method``, ``ridge``, ``sweeps``, ``tol``, ``seed``; see
+    Options of ``from_dense``: ``method``, ``ridge``, ``sweeps``, ``tol``, ``restarts``, ``seed``; see
     :func:`..decompose.tr_matrix`.
 
     Raises:
@@ -40,7 +40,9 @@ class TRMatrix(MatrixChainFormat):
     """
 
     closed = True
-    method_options: ClassVar[frozenset[str]] = frozenset({"method", "ridge", "sweeps", "tol", "seed"})
+    method_options: ClassVar[frozenset[str]] = frozenset(
+        {"method", "ridge", "sweeps", "tol", "restarts", "seed"}
+    )
 
     @classmethod
     def limits(cls, folding: Folding) -> tuple[int, ...]:

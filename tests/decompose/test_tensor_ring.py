@@ -16,7 +16,7 @@ from tensorcomp_ext.decompose.tensor_ring import _random_cores
 
 
 def start(sizes, ranks, seed=5):
-    return _random_cores(sizes, ranks, 1.0, seed)
+    return _random_cores(sizes, ranks, 1.0, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
@@ -52,22 +52,62 @@ def test_tr_svd_error_is_within_the_tails_of_its_sweep():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "ranks"),
+    ("sizes", "ranks", "found"),
     [
-        ((6, 7, 8), 2),
-        ((4, 5, 6, 3), 3),
-        ((5, 6), 2),
-        ((4, 4, 4, 9, 4, 4, 4), 4),
-        ((5, 6, 7), (2, 3, 2)),
+        ((6, 7, 8), 2, 4),
+        ((4, 5, 6, 3), 2, 4),
+        ((4, 5, 6, 3), 3, 3),
+        ((5, 6), 2, 4),
+        ((4, 1, 6, 3), 2, 4),
+        ((4, 4, 4, 9, 4, 4, 4), 4, 4),
+        ((4, 4, 4, 4, 4), 3, 4),
+        ((5, 6, 7), (2, 3, 2), 3),
+        ((8, 8, 8), 3, 3),
+        ((4, 4, 4, 4), 3, 2),  # ranks near the modes: local minima remain
     ],
 )
-def test_tr_als_recovers_planted_ranks(sizes, ranks):
+def test_tr_als_recovers_planted_ranks(sizes, ranks, found):
+    """From the default starts, at least this many of four planted rings."""
     full = decompose.ring_ranks(sizes, ranks)
-    tensor = random_ring(sizes, full, seed=40)
     errors = [
-        decompose.tr_als(tensor, ranks, sweeps=300, tol=1e-10, seed=seed).relative_error for seed in range(4)
+        decompose.tr_als(random_ring(sizes, full, seed=seed), ranks, sweeps=300, tol=1e-10).relative_error
+        for seed in (40, 50, 60, 70)
     ]
-    assert min(errors) < 1e-6
+    assert sum(error < 1e-6 for error in errors) >= found, errors
+
+
+def test_ranks_above_small_modes_are_fitted_closely_where_they_are_not_found():
+    sizes, ranks = (3, 4, 2, 5), (3, 2, 2, 3)
+    for seed in (40, 50, 60):
+        assert decompose.tr_als(random_ring(sizes, ranks, seed=seed), ranks).relative_error < 0.2
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_only_the_best_start_of_the_trial_goes_on(restarts):
+    sizes, ranks, sweeps = (5, 6, 7), (2, 3, 2), 60
+    tensor = random(*sizes)
+    starts = [start(sizes, ranks, seed) for seed in range(restarts)]
+
+    def warmed(cores):
+        for ridge in ring_als.FALLING_RIDGES:
+            cores = ring_als.ring_als64(tensor, cores, ridge=ridge, sweeps=1, tol=0.0).cores
+        return cores
+
+    left = sweeps - len(ring_als.FALLING_RIDGES)
+    alone = [ring_als.ring_als64(tensor, warmed(c), ridge=0.0, sweeps=left, tol=0.0) for c in starts]
+    best = min(alone, key=lambda fit: fit.relative_errors[ring_als.TRIAL_SWEEPS - 1])
+    together = ring_als.best_start64(tensor, [], starts, ridge=0.0, sweeps=sweeps, tol=0.0)
+    assert together.relative_errors == pytest.approx(best.relative_errors, rel=1e-9)
+    assert len(together.relative_errors) == left
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 9, 15, 17, 18])
+def test_short_runs_keep_to_their_sweeps(sweeps, monkeypatch):
+    original, calls = ring_als._update, []
+    monkeypatch.setattr(ring_als, "_update", lambda *a: calls.append(1) or original(*a))
+    fit = decompose.tr_als(random(5, 6, 7), 2, sweeps=sweeps, tol=0.0, restarts=1)
+    assert len(calls) == 3 * sweeps
+    assert fit.relative_error < 1.0
 
 
 @pytest.mark.parametrize(
@@ -246,6 +286,7 @@ class TestBadInput:
         for options, message in (
             ({"ridge": -1.0}, "ridge must be finite and not negative"),
             ({"sweeps": 0}, "sweeps must be at least 1"),
+            ({"restarts": 0}, "restarts must be at least 1"),
             ({"tol": math.nan}, "tol must be finite"),
         ):
             with pytest.raises(ValueError, match=f"tr_als: {message}"):
