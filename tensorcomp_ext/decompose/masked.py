@@ -224,9 +224,11 @@ def masked_fit(
 
     Imputation: from L = 0, X = W⊙A + (1−W)⊙L and L ← a fit of X: an SVD ("svd"), a TT-SVD ("tt", "ttm"), or
     a sweep of HOOI from the factors of before ("tucker", "tucker2"). Where TT-SVD, which is not the best
-    train, would raise the objective, a sweep of least squares from the cores of before takes its place. CP
-    solves for every row of every factor on its observed entries exactly where numel/min(I)·R² ≤ 2²⁶, else it
-    takes a sweep of ALS. None of these steps raises the objective; the best fit is kept.
+    train, would raise the objective, a sweep of least squares from the cores of before takes its place.
+    Unobserved entries are extrapolated from the last two fits (ours: Nesterov's momentum; one that would
+    raise the objective is taken back, and the momentum begins anew). CP solves for every row of every factor
+    on its observed entries exactly where numel/min(I)·R² ≤ 2²⁶, else it imputes with a sweep of ALS. None of
+    these steps raises the objective but by rounding; the best fit is kept.
 
     Arguments:
         tensor: A, a matrix for "svd" and "ttm", a kernel [T, S, *k] for "tucker2"
@@ -237,7 +239,7 @@ def masked_fit(
 
     Factors: svd (a, b), tucker (core, *factors), tucker2 (core, factor_out, factor_in), cp factors, tt and
     ttm cores. Computed in float64, cast to the dtype and device of `tensor`. An iteration costs one
-    decomposition.
+    decomposition, or two where an extrapolation is taken back.
 
     Raises ValueError for NaN, Inf, wrong shapes, ranks, modes or format, a mask without a True entry;
     TypeError for a mask that is not bool; DecompositionError when no driver converges.
@@ -277,13 +279,28 @@ def _iterate(
     target: Tensor, seen: Tensor, solver: Solver, iterations: int, tol: float
 ) -> tuple[tuple[Tensor, ...], list[float], float]:
     total = float((target * seen).norm())
-    dense = torch.zeros_like(target)
+    dense = before = torch.zeros_like(target)
     history: list[float] = []
     best: tuple[Tensor, ...] = ()
+    momentum = 1.0
+
+    def left(found: Tensor) -> float:
+        return float(((target - found) * seen).norm())
+
     for _ in range(iterations):
         found = solver.observed(target, seen)
-        dense = solver.fit(torch.where(seen, target, dense)) if found is None else found
-        history.append(float(((target - dense) * seen).norm()))
+        if found is None:
+            kept, earlier = solver.factors() if history else (), momentum
+            momentum = (1.0 + math.sqrt(1.0 + 4.0 * earlier**2)) / 2.0
+            step = (earlier - 1.0) / momentum
+            found = solver.fit(torch.where(seen, target, dense + step * (dense - before)))
+            if step and not left(found) <= history[-1]:
+                # The extrapolation went too far: back to the fit of before, and from rest again.
+                solver.begin(kept, dense)
+                momentum = 1.0
+                found = solver.fit(torch.where(seen, target, dense))
+        before, dense = dense, found
+        history.append(left(dense))
         if history[-1] <= min(history):
             best = tuple(factor.clone() for factor in solver.factors())
         if history[-1] <= EXACT * total:

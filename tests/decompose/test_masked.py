@@ -10,10 +10,10 @@ from tensorcomp_ext import decompose
 from tensorcomp_ext.decompose import masked
 
 
-def spiked():
+def spiked(seed=40):
     """A train of rank 3 with spikes of ten times its largest entry on a tenth of its entries."""
-    planted = random_ring((8, 9, 10), (1, 3, 3), seed=40)
-    places = torch.randperm(720, generator=torch.Generator().manual_seed(40))[:72]
+    planted = random_ring((8, 9, 10), (1, 3, 3), seed=seed)
+    places = torch.randperm(720, generator=torch.Generator().manual_seed(seed))[:72]
     spikes = torch.zeros(720, dtype=torch.float64)
     spikes[places] = 10 * planted.abs().max()
     return planted, planted + spikes.reshape(planted.shape)
@@ -55,18 +55,37 @@ def test_spikes_spoil_the_unmasked_fit():
     assert relative(ring(decompose.tt_svd(tensor, 3).cores), planted) > 5
 
 
-@pytest.mark.parametrize(
-    ("share", "iterations", "bound"),
-    [(0.1, 400, 1e-10), (0.2, 1500, 1e-10), (0.3, 1500, 1e-6), (0.5, 1500, 0.1)],
-)
-def test_planted_train_is_recovered_under_spikes(share, iterations, bound):
-    planted, tensor = spiked()
+@pytest.mark.parametrize("seed", range(40, 120, 10))
+@pytest.mark.parametrize(("share", "iterations"), [(0.1, 400), (0.2, 400), (0.3, 1500)])
+def test_planted_train_is_recovered_under_spikes(share, iterations, seed):
+    planted, tensor = spiked(seed)
     fit = decompose.masked_fit(tensor, without_top(tensor, share), "tt", 3, iterations=iterations)
     assert len(fit.objective) <= iterations
-    assert relative(ring(fit.factors), planted) < bound
+    assert relative(ring(fit.factors), planted) < 1e-10
     assert falls(fit.objective)
-    if share == 0.5:  # half of the entries do not determine it: no miracle is expected
-        assert relative(ring(fit.factors), planted) > 1e-4
+
+
+def test_half_of_the_entries_are_enough_for_most_trains():
+    errors = []
+    for seed in (40, 60, 80, 100):
+        planted, tensor = spiked(seed)
+        fit = decompose.masked_fit(tensor, without_top(tensor, 0.5), "tt", 3)
+        errors.append(relative(ring(fit.factors), planted))
+        assert falls(fit.objective)
+    assert sum(error < 1e-10 for error in errors) >= 3, errors
+
+
+@pytest.mark.parametrize(("format", "rank"), [("svd", 2), ("tucker", 2), ("tt", 2)])
+def test_an_extrapolation_that_raises_the_objective_is_taken_back(format, rank, monkeypatch):
+    tensor = random(*((12, 15) if format == "svd" else (6, 7, 8)), seed=2)
+    mask = observed(tensor.shape, 0.6)
+    begun: list[int] = []
+    solver = {"svd": masked.SVDSolver, "tucker": masked.TuckerSolver, "tt": masked.TrainSolver}[format]
+    original = solver.begin
+    monkeypatch.setattr(solver, "begin", lambda *a: begun.append(1) or original(*a))
+    fit = decompose.masked_fit(tensor, mask, format, rank, iterations=100, tol=0.0)
+    assert begun
+    assert falls(fit.objective)
 
 
 PROBLEMS = [
