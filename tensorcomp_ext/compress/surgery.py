@@ -63,7 +63,8 @@ def compress(
         rank: an int, a tuple (``(R_out, R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense
             weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, text as ``ranks.parse_rank``
             takes it ("vbmf", "energy:0.95", "16,24"), or a mapping from name pattern to one of these,
-            first fit, "*" last (layers that none fits stay dense). Default: ``VBMF()``.
+            first fit, "*" last (layers that none fits stay dense). Default: ``VBMF()``, which reads
+            spectra: for "cp", "tr" and "tr_matrix", whose ranks no unfolding decides, give rank or budget.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it the compressed
             network is run and compared, and the report has shapes and MACs. Only layers called on it are
             replaced.

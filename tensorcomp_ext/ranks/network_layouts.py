@@ -58,8 +58,8 @@ class NetworkLayout(RankLayout):
 
     def spectra(self) -> list[Spectrum]:
         raise ValueError(
-            f"{self.format}: no unfolding decides its rank, so rules that read spectra (energy, vbmf) do not "
-            f"apply; give a rank or a budget (ratio, params, flops)"
+            f"{self.format}: rank must be given: no unfolding decides the rank of {self.format}, as rules "
+            f"that read spectra (vbmf, energy) need; pass rank=... or a budget such as tc.ranks.Ratio(0.25)"
         )
 
 

@@ -73,6 +73,15 @@ def test_one_format_with_options_for_all() -> None:
     assert model[3].weight.structure["out_modes"] == [4, 6]
 
 
+@pytest.mark.parametrize("format", ["cp", "tr"])
+def test_without_a_rank_formats_that_no_spectrum_decides_say_what_to_pass(format: str) -> None:
+    message = f"layer '0': {format}: rank must be given: .* pass rank=... or .* tc.ranks.Ratio"
+    with pytest.raises(ValueError, match=message):
+        tc.compress(network(), format=format)
+    _, report = tc.compress(network(), format=format, rank=tc.ranks.Ratio(0.5), layers="0")
+    assert report["0"].parameters_after <= 0.5 * report["0"].parameters_before
+
+
 def test_misfits_name_the_layer() -> None:
     net = network()
     with pytest.raises(ValueError, match=r"layer '3': tt: out_modes must have the product 24, got \[5, 5\]"):
