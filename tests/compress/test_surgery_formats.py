@@ -110,3 +110,52 @@ def test_hostile_structures(structure: Any) -> None:
     config = tc.nn.FactorizedLinear(12, 20, format="tt", rank=3).config()
     with pytest.raises(ValueError, match=r"structure must be|in_modes must|unexpected keyword"):
         tc.nn.from_config({**config, "structure": structure})
+
+
+SPECTRA: list[Any] = [tc.ranks.Ratio(0.1), tc.ranks.Energy(0.5), "energy:0.4"]
+RULES: list[tuple[str, Any]] = [(format, 0.2) for format in LINEAR]
+RULES += [(format, rule) for format in ("tt", "tucker", "ttm") for rule in SPECTRA]
+
+
+def as_tuple(rank: int | tuple[int, ...]) -> tuple[int, ...]:
+    return rank if isinstance(rank, tuple) else (rank,)
+
+
+@pytest.mark.parametrize(("format", "rule"), RULES)
+def test_rules_choose_ranks_for_the_modes_asked_for(format: str, rule: Any) -> None:
+    """Through compress and the layer's own constructor alike, of modes that are not the default ones."""
+    options: dict[str, Any] = {"in_modes": (4, 48), "out_modes": (6, 4)}
+    net = network()
+    model, report = tc.compress(net, format=(format, options), rank=rule, layers="3")
+    weight = model[3].weight
+    expected = as_tuple(tc.ranks.resolve_rank(rule, net[3].weight.detach(), format, **options))
+    assert report["3"].rank == expected == as_tuple(weight.rank)
+    assert weight.structure["in_modes"] == [*options["in_modes"]]
+    assert expected != as_tuple(tc.ranks.resolve_rank(rule, net[3].weight.detach(), format))
+    assert weight.numel < net[3].weight.numel()
+    if isinstance(rule, float):
+        assert weight.numel <= rule * net[3].weight.numel()
+        assert as_tuple(tc.nn.FactorizedLinear(192, 24, format=format, rank=rule, **options).rank) == expected
+    else:
+        made = tc.nn.FactorizedLinear.from_linear(net[3], format=format, rank=rule, **options)
+        assert as_tuple(made.rank) == expected
+
+
+@pytest.mark.parametrize("name", ["staged", "merged", "fused", "pair"])
+def test_tuned_choices_of_networks_travel(name: str, tmp_path: Path) -> None:
+    model = tc.compress(network(), format="tt", rank=4, layers="3").model
+    x = torch.randn(5, 192)
+    keys = [str(model[3].case(x, training)) for training in (False, True)]
+    model[3].tuned = {key: {"plan": name, "seconds": {name: 1e-5, "dense": 2e-5}} for key in keys}
+    model[3].choices_changed()
+    tc.save(model, tmp_path / "model.tc")
+    twin = tc.load(tmp_path / "model.tc", network())
+    assert twin[3].tuned == model[3].tuned and twin[3].plan is None
+    for training in (False, True):
+        chosen, *others = twin[3].plans(x, training=training)
+        serves = {c.name for c in (chosen, *others) if c.available.ok}
+        assert chosen.name == name if name in serves else chosen.name != name
+        assert chosen.measured == (1e-5 if name in serves else chosen.measured)
+    model[3].plan = name
+    tc.save(model, tmp_path / "forced.tc")
+    assert tc.load(tmp_path / "forced.tc", network())[3].plan == name
