@@ -97,7 +97,7 @@ def tune(
     if not work:
         raise ValueError("tune: the example inputs reach no factorized layer")
     result = TuneResult()
-    seconds = min(min_seconds, _BUDGET / (3 * len(work)))
+    seconds = min(min_seconds, _BUDGET / max(1, _candidates(layers, work)))
     try:
         for done, (sample, members) in enumerate(work):
             if progress is not None:
@@ -117,6 +117,12 @@ def tune(
         result.interrupted = True
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _candidates(layers: Mapping[str, PlannedLayer], work: Sequence[tuple[_Sample, list[str]]]) -> int:
+    """How many calls will be timed, a layer of each group measured."""
+    groups = [(layers[members[0]], sample.case) for sample, members in work]
+    return sum(offered(plan, layer, case).ok for layer, case in groups for plan in plans_for(layer))
 
 
 def _fastest(timings: Mapping[str, Timing]) -> str:

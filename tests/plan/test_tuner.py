@@ -274,3 +274,25 @@ def test_disturbed_times_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found == {"dense": quiet["dense"], "staged": disturbed["staged"]}
     runs = iter([quiet])
     assert tuner._steady_times({}, 0.1, torch.device("cpu")) == quiet
+
+
+def test_the_budget_is_shared_by_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of every kind of layer counts, so that formats of more plans take no more time in all."""
+    asked: list[tuple[int, float]] = []
+
+    def timed(calls: dict[str, Any], seconds: float, *how: Any) -> dict[str, Timing]:
+        asked.append((len(calls), seconds))
+        return {name: Timing(1e-3, 1e-3, 1e-3, 5) for name in calls}
+
+    monkeypatch.setattr(tuner, "time_interleaved", timed)
+    monkeypatch.setattr(tuner, "_BUDGET", 0.5)
+    model = nn.Sequential(
+        FactorizedConv2d(3, 8, 3, rank=(4, 3)), nn.Flatten(), FactorizedLinear(8, 5, rank=3)
+    )
+    x = torch.randn(2, 3, 3, 3)
+    tune(model, x, min_seconds=10.0)
+    assert len(asked) == 2 and min(count for count, _ in asked) >= 2
+    assert sum(count * seconds for count, seconds in asked) == pytest.approx(0.5)
+    asked.clear()
+    tune(model, x, min_seconds=0.001)
+    assert {seconds for _, seconds in asked} == {0.001}
