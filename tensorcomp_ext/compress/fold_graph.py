@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from tensorcomp_ext.compress.fold_weights import affine, difference, folded_bias, scaled, tolerance
+from tensorcomp_ext.compress.fold_weights import (
+    CannotScale,
+    affine,
+    difference,
+    folded_bias,
+    scaled,
+    tolerance,
+)
 from tensorcomp_ext.compress.swap import HOOK_TABLES, swap
-from tensorcomp_ext.nn import FactorizedLayer, fold_layer
+from tensorcomp_ext.nn import FactorizedLayer, FoldedLayer, fold_layer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FOLDABLE = ("conv", "linear")
@@ -31,20 +40,27 @@ class Finding(NamedTuple):
 
 
 class Folder:
-    """Folds one traced network in place; what it did is in ``folded``, what it left in ``left``."""
+    """Folds one traced network in place; what it did is in ``folded``, what it left in ``left``.
 
-    def __init__(self, traced: fx.GraphModule, prefix: str) -> None:
-        self.traced, self.prefix = traced, prefix
+    Args:
+        prefix: of the names in the findings.
+        output_dims: for linear layers, by identity, the numbers of dims their outputs were seen to have.
+    """
+
+    def __init__(self, traced: fx.GraphModule, prefix: str, output_dims: Mapping[int, set[int]]) -> None:
+        self.traced, self.prefix, self.output_dims = traced, prefix, output_dims
         self.modules = dict(traced.named_modules(remove_duplicate=False))
         self.calls = Counter(id(self.modules[str(n.target)]) for n in self._calls())
+        self.layers: set[fx.Node] = set()
         self.folded: list[Finding] = []
         self.left: list[Finding] = []
 
     def run(self) -> bool:
         """Fold what can be folded; whether anything was."""
         nodes = [(node, self.modules[str(node.target)]) for node in self._calls()]
-        layers = [node for node, m in nodes if isinstance(m, FactorizedLayer) and m.kind in _FOLDABLE]
+        layers = [node for node, m in nodes if _foldable(m)]
         dense = [node for node, m in nodes if type(m) in (*_CONVOLUTIONS, nn.Linear)]
+        self.layers = set(layers)
         done: dict[fx.Node, list[str]] = {}
         for node in [*layers, *dense]:
             done[node] = self._fold_norm(node)
@@ -70,13 +86,14 @@ class Folder:
         if norm_node is None or not isinstance(norm, _BatchNorm) or norm_node.all_input_nodes != [node]:
             return []
         module = self.modules[str(node.target)]
-        reason = self._exclusive(module) or self._exclusive(norm)
-        if not reason and (norm.running_mean is None or norm.running_var is None):
-            reason = "the batch normalization keeps no running statistics"
-        made = None if reason else _with_norm(module, norm)
-        if made is None:
-            reason = reason or f"no core of {_format(module)} holds every output by itself, to be scaled"
-        else:
+        reason = self._exclusive(module) or self._exclusive(norm) or self._unfit(module, norm)
+        made: nn.Module | None = None
+        if not reason:
+            try:
+                made = _with_norm(module, norm)
+            except CannotScale as error:
+                reason = str(error)
+        if made is not None:
             x = _example(module)
             found = _without_gradients(made, x)
             expected = _without_gradients(norm, _without_gradients(module, x))
@@ -89,7 +106,25 @@ class Folder:
         self._exchange(node, made)
         norm_node.replace_all_uses_with(node)
         self.traced.graph.erase_node(norm_node)
-        return ["batch normalization"]
+        return ["batch normalization" + _became(module, made)]
+
+    def _unfit(self, module: nn.Module, norm: _BatchNorm) -> str:
+        """Why a normalization cannot go into the layer, whatever its format; empty where it may."""
+        if norm.running_mean is None or norm.running_var is None:
+            return "the batch normalization keeps no running statistics"
+        weight: Any = module.weight
+        outputs = weight.shape[0]
+        if len(norm.running_mean) != outputs:
+            return f"the batch normalization is over {len(norm.running_mean)} channels, not {outputs}"
+        if isinstance(module, _CONVOLUTIONS) or (
+            isinstance(module, FactorizedLayer) and module.kind == "conv"
+        ):
+            return ""
+        # Of outputs [N, L, F] it normalizes along L.
+        dims = self.output_dims.get(id(module))
+        if dims is None:
+            return "whether its outputs have two dims only example_inputs can tell"
+        return "" if dims == {2} else f"its outputs have {sorted(dims)} dims, the second one is normalized"
 
     # --- addition and rectification ------------------------------------------------------------------------
 
@@ -105,7 +140,7 @@ class Folder:
         made = fold_layer(layer, relu=relu is not None)
         x = _example(layer)
         plain = _without_gradients(layer, x)
-        second = None if residual is None else torch.randn_like(plain)
+        second = None if residual is None else _random(plain.shape).to(plain)
         expected = plain if second is None else plain + second
         off = difference(_without_gradients(made, x, second), F.relu(expected) if relu else expected)
         if not off <= tolerance(expected.dtype):
@@ -115,7 +150,8 @@ class Folder:
         self._exchange(node, made)
         if residual is not None:
             assert user is not None
-            user.prepend(node)  # the residual may be computed after the layer's input
+            if self._later(residual, node):
+                user.prepend(node)
             x_node = node.args[0] if node.args else node.kwargs["input"]
             node.args, node.kwargs = (x_node, residual), {}
         for gone in (relu, None if residual is None else user):
@@ -139,20 +175,14 @@ class Folder:
         other = second if first is node else first
         if _in_place(add) and first is not node:
             return None  # the sum is to be seen in the residual
-        if self._foldable(other) and self._later(other, node):
+        if other in self.layers and len(other.users) == 1 and self._later(other, node):
             return None  # of two layers the later one takes the other's output
-        between, place = [], node.next
+        place = node.next
         while place is not add:
-            between.append(place)
+            if _in_place(place) or self._in_place_module(place):
+                return None  # it might write the layer's input, or the residual, which now meet elsewhere
             place = place.next
-        moved = other in between
-        if moved and any(_in_place(n) or self._in_place_module(n) for n in between):
-            return None  # the layer's input might be written before the layer runs
         return other
-
-    def _foldable(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        return isinstance(module, FactorizedLayer) and module.kind in _FOLDABLE and len(node.users) == 1
 
     def _later(self, node: fx.Node, than: fx.Node) -> bool:
         order = {n: i for i, n in enumerate(self.traced.graph.nodes)}
@@ -164,7 +194,7 @@ class Folder:
         if node.op == "call_method":
             return node.target in ("relu", "relu_")
         module = self._module(node)
-        return type(module) is nn.ReLU and not _hooked(module)
+        return type(module) is nn.ReLU and not hooked(module)
 
     # --- the graph -----------------------------------------------------------------------------------------
 
@@ -181,7 +211,7 @@ class Folder:
         """Why a module must stay as it is; empty where it need not."""
         if self.calls[id(module)] > 1:
             return f"the {type(module).__name__} is called {self.calls[id(module)]} times"
-        if _hooked(module):
+        if hooked(module):
             return f"the {type(module).__name__} has hooks"
         return ""
 
@@ -190,6 +220,15 @@ class Folder:
         swap(self.traced, {target: made})
         self.modules[target] = made
         self.calls[id(made)] = 1
+
+
+def _foldable(module: nn.Module) -> bool:
+    """Whether it is a factorized layer into which nothing has been folded yet."""
+    return (
+        isinstance(module, FactorizedLayer)
+        and not isinstance(module, FoldedLayer)
+        and module.kind in _FOLDABLE
+    )
 
 
 def _only_user(node: fx.Node | None) -> fx.Node | None:
@@ -207,28 +246,35 @@ def _in_place(node: fx.Node) -> bool:
     return False
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether anything is registered that a call of the module runs, and a call of its parts would not."""
     return any(getattr(module, table, None) for table in HOOK_TABLES)
 
 
-def _with_norm(module: nn.Module, norm: _BatchNorm) -> nn.Module | None:
-    """``module`` and the normalization after it as one layer."""
+def _became(module: nn.Module, made: nn.Module) -> str:
+    """A change of the stored weights in words; empty where there is none."""
+    if not isinstance(module, FactorizedLayer) or not isinstance(made, FactorizedLayer):
+        return ""
+    before, after = module.weight, made.weight
+    if (before.name, before.numel) == (after.name, after.numel):
+        return ""
+    return f" (from {before.name} to {after.name}, {before.numel:,} to {after.numel:,} weights)"
+
+
+def _with_norm(module: nn.Module, norm: _BatchNorm) -> nn.Module:
+    """``module`` and the normalization after it as one layer.
+
+    Raises:
+        CannotScale: with the reason.
+    """
     if isinstance(module, FactorizedLayer):
         scale, shift = affine(norm)
-        if len(scale) != module.weight.shape[0]:
-            return None
         weight = scaled(module.weight, scale)
-        if weight is None:
-            return None
         bias = folded_bias(module.bias, scale, shift, module.weight.factors[0].dtype)
         return fold_layer(module, weight=weight, bias=bias)
     if isinstance(module, nn.Linear):
         return fuse_linear_bn_eval(module, norm)
     return fuse_conv_bn_eval(module, norm)  # type: ignore[type-var]
-
-
-def _format(module: nn.Module) -> str:
-    return f"format {module.format!r}" if isinstance(module, FactorizedLayer) else type(module).__name__
 
 
 def _without_gradients(module: nn.Module, *inputs: Tensor | None) -> Tensor:
@@ -246,5 +292,10 @@ def _example(module: Any) -> Tensor:
     window = getattr(module, "kernel_size", ())
     dilation = getattr(module, "dilation", ())
     sizes = [d * (k - 1) + 4 for k, d in zip(window, dilation, strict=True)]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, features, *sizes, generator=generator, dtype=torch.float32).to(factor)
+    return _random((2, features, *sizes)).to(factor)
+
+
+def _random(shape: Sequence[int]) -> Tensor:
+    """Random numbers that leave the caller's generator where it is."""
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,12 +47,32 @@ def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.
     return nn.Parameter(total.to(dtype), requires_grad=False)
 
 
-def scaled(weight: Format, scale: Tensor) -> Format | None:
+class CannotScale(Exception):
+    """A format has no core to multiply its outputs in."""
+
+
+def scaled(weight: Format, scale: Tensor) -> Format:
     """A format whose dense weight is that of ``weight`` with output t multiplied by ``scale[t]``.
 
-    Modes of the channels are merged, so that one core holds every output by itself. None where none can, as
-    in TTM, whose cores hold modes of outputs and inputs alike.
+    Modes of the channels are merged where several cores share them, so that one holds every output by itself.
+
+    Raises:
+        CannotScale: no core can, as in TTM, whose cores hold modes of outputs and inputs alike; or, merged,
+            a matrix would take more than its cores, or a kernel more than dense.
     """
+    made = _merged_and_scaled(weight, scale)
+    if made is None:
+        raise CannotScale(f"no core of format {weight.name!r} holds every output by itself, to be scaled")
+    most = weight.numel if len(weight.shape) == 2 else max(weight.numel, math.prod(weight.shape))
+    if made.numel > most:
+        raise CannotScale(
+            f"with its modes merged, so that every output can be scaled, {weight.name!r} would store "
+            f"{made.numel:,} weights, not {weight.numel:,}"
+        )
+    return made
+
+
+def _merged_and_scaled(weight: Format, scale: Tensor) -> Format | None:
     form: Any = weight.lower()
     if isinstance(form, Network):
         form = two_factor(form)

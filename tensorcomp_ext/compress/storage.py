@@ -24,7 +24,7 @@ from torch import nn
 from tensorcomp_ext.compress.checkpoint import CheckpointError, Header, parse_header
 from tensorcomp_ext.compress.report import Report
 from tensorcomp_ext.compress.restore import load_into
-from tensorcomp_ext.nn import FactorizedLayer
+from tensorcomp_ext.nn import FactorizedLayer, FoldedLayer
 from tensorcomp_ext.plan import export_choices
 
 FORMAT_VERSION = 1
@@ -46,7 +46,8 @@ def save(
     Tensors under several names are stored once.
 
     Raises:
-        ValueError (CheckpointError): state that cannot be stored without pickling, ``meta`` that is no JSON.
+        ValueError (CheckpointError): state that cannot be stored without pickling, ``meta`` that is no JSON,
+            a network that ``tensorcomp_ext.fold`` made.
         OSError: the folder is missing, not writable or full.
         TypeError: ``model`` is no module (of what ``compress`` returns, pass ``.model``).
     """
@@ -54,6 +55,12 @@ def save(
         raise TypeError(
             f"save: model must be a torch.nn.Module, got {type(model).__name__}"
             + (" (pass its .model)" if hasattr(model, "model") else "")
+        )
+    folded = next((name for name, m in model.named_modules() if isinstance(m, FoldedLayer)), None)
+    if folded is not None:
+        raise CheckpointError(
+            f"save: the network is folded (layer {folded!r}), and no dense network could take its weights; "
+            "save it before tc.fold, and fold it again after tc.load"
         )
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):

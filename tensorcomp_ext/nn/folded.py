@@ -40,20 +40,29 @@ class FoldedLayer(FactorizedLayer):
             residual: what is added before the rectification, of a shape that broadcasts to the output's.
         """
         x = input
-        if not _is_compiling() and type(x) in _PLAIN and not transformed() and self.as_batch(x) is x:
-            key = _kind(x)
-            prepared = None if self._needs_gradients(x) else self._renewed()
-            if prepared is not None:
-                bound: Any = prepared.bound.get(key)
-                if bound is None:
-                    self.check_input(x)
-                    bound = self.executor(self._choose(x, (*key, False)), x)
-                    prepared.keep(key, bound)
-                y: Tensor = bound(x, self.bias, residual)
-                return y
+        fits = residual is None or type(residual) in _PLAIN
+        if _is_compiling() or type(x) not in _PLAIN or not fits or x.device.type == "meta" or transformed():
+            return self._finished(self._traced(x), residual)
         batched = self.as_batch(x)
-        self.check_input(batched)
-        y = self._traced(x)
+        if batched is not x:
+            return self.forward(batched, None if residual is None else self.as_batch(residual)).squeeze(0)
+        key = _kind(x)
+        needs = self._needs_gradients(x) or (
+            residual is not None and residual.requires_grad and torch.is_grad_enabled()
+        )
+        prepared = None if needs else self._renewed()
+        if prepared is None:
+            self.check_input(x)
+            return self._finished(self._choose(x, (*key, needs)).run(self, x), residual)
+        bound: Any = prepared.bound.get(key)
+        if bound is None:
+            self.check_input(x)
+            bound = self.executor(self._choose(x, (*key, False)), x)
+            prepared.keep(key, bound)
+        y: Tensor = bound(x, self.bias, residual)
+        return y
+
+    def _finished(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
             y = y + residual
         return F.relu(y) if self.relu else y
@@ -67,7 +76,9 @@ class FoldedLayer(FactorizedLayer):
         dtype = case.torch_dtype
 
         def call(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-            fits = residual is None or (residual.shape == shape and residual.dtype == dtype)
+            fits = residual is None or (
+                residual.shape == shape and residual.dtype == dtype and residual.device == x.device
+            )
             if whole is not None and fits:
                 return whole(x, bias, residual)
             y = plain(x, bias)
@@ -76,6 +87,17 @@ class FoldedLayer(FactorizedLayer):
             return y.relu_() if relu else y
 
         return call
+
+    def to_dense(self) -> nn.Module:
+        """Raises ``ValueError``: of a folded layer no torch.nn layer does the same."""
+        raise ValueError(
+            f"{type(self).__name__}: what follows the layer is folded in; use the network as it was"
+        )
+
+    def to_sequential(self) -> nn.Sequential:
+        """Raises ``ValueError``, as :meth:`to_dense`."""
+        self.to_dense()
+        raise AssertionError
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu={self.relu}"
@@ -108,7 +130,9 @@ _FOLDED: dict[type[PlannedLayer], type[FoldedLayer]] = {
 def fold_layer(
     layer: FactorizedLayer, *, weight: Format | None = None, bias: Tensor | None = None, relu: bool = False
 ) -> FoldedLayer:
-    """A folded layer to stand for ``layer``, its settings and tuned choices kept; ``layer`` is not changed.
+    """A folded layer to stand for ``layer``, which is not changed.
+
+    Settings and tuned choices are kept, unless they are those of another format.
 
     Args:
         weight, bias: in the place of the layer's own; None keeps them.
@@ -128,5 +152,7 @@ def fold_layer(
     made.relu = relu
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
+    if weight is not None and weight.name != layer.weight.name:
+        made._forced, made.tuned = None, {}
     made.weight = layer.weight if weight is None else weight
     return made.eval()

@@ -15,7 +15,7 @@ from ..ops._transforms import transformed
 from .base import Plan, get_plan, plans_for
 from .case import Case, autocast_dtype, memory_layout
 from .geometry import Bound, Geometry
-from .precision import tf32_state
+from .precision import autocast_off, tf32_state
 from .state import Prepared
 from .training import Trained
 
@@ -236,7 +236,7 @@ class PlannedLayer(nn.Module, ABC):
         """
         state = self._renewed()
         if state is None:
-            with torch.no_grad():
+            with torch.no_grad(), autocast_off(self.weight.factors[0].device.type):
                 return make()
         return state.prepare(plan, dtype, make)
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
 _precision_of = torch._C._get_fp32_precision_getter
+
+
+def autocast_off(device: str) -> AbstractContextManager[object]:
+    """Products of factors in their own dtype: rounded once, as the result is cast, and not at every merge."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class Tf32(NamedTuple):

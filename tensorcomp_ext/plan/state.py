@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .geometry import Bound
+from .precision import autocast_off
 
 _BOUND_LIMIT = 256
 _fused_steps = [0]
@@ -83,7 +84,7 @@ class Prepared:
         found = self.weights.get((plan, dtype))
         if found is None:
             # Normal tensors whatever the caller's mode: an inference tensor could not meet autograd later.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), autocast_off(self.device.type):
                 found = make()
             if not capturing(self.device):
                 self.weights[plan, dtype] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,7 +178,9 @@ def test_convolutions_of_every_format(format: str, rank: Any, modes: dict[str, A
         assert difference(made(x), model(x)) < 1e-5
     texts = [f.text for f in made.fold_report.folded]
     # The cores of TTM hold modes of outputs and inputs alike: only what needs no factor per output is folded.
-    assert texts == ([] if format == "ttm" else ["batch normalization, ReLU"])
+    assert len(texts) == (format != "ttm")
+    assert all(text.startswith("batch normalization") and text.endswith("ReLU") for text in texts)
+    assert any(" weights)" in text for text in texts) == (format in ("tucker", "tt") or bool(modes and texts))
     assert bool(made.fold_report.left) == (format == "ttm")
 
 
@@ -190,7 +193,21 @@ def test_linear_layers_of_every_format(format: str) -> None:
     made = tc.fold(model, x)
     with torch.no_grad():
         assert difference(made(x), model(x)) < 1e-5
-    assert bool(made.fold_report.folded) == (format not in ("ttm", "tr_matrix"))
+    # Merged to a pair, this train takes no more than its cores; the others would.
+    assert bool(made.fold_report.folded) == (format in ("svd", "tt"))
+    if not made.fold_report.folded:
+        text = made.fold_report.left[0].text
+        assert ("no core of format" if format in ("ttm", "tr_matrix") else "merged") in text
+
+
+def test_settings_of_another_format_are_dropped() -> None:
+    # Whole modes: the train is a pair of matrices, which SVD stores in as many numbers.
+    layer = FactorizedLinear(12, 8, format="tt", rank=2, in_modes=(12,), out_modes=(8,))
+    x = torch.randn(9, 12)
+    tc.tune(layer, x, min_seconds=0.001)
+    layer.plan = "staged"
+    (folded,) = folded_layers(tc.fold(randomize(nn.Sequential(layer, nn.BatchNorm1d(8), nn.ReLU())), x))
+    assert folded.format == "svd" and folded.plan is None and folded.tuned == {}
 
 
 def test_linear_layers_take_normalization_and_relu() -> None:
@@ -204,6 +221,18 @@ def test_linear_layers_take_normalization_and_relu() -> None:
     with torch.no_grad():
         assert difference(made(x), model(x)) < 1e-5
     assert [f.text for f in made.fold_report.folded] == ["batch normalization, ReLU", "batch normalization"]
+    left = [f.text for f in tc.fold(model).fold_report.left]
+    assert len(left) == 2 and all("only example_inputs can tell" in text for text in left)
+
+
+def test_a_normalization_along_the_sequence_is_no_factor_of_the_features() -> None:
+    for layer in (FactorizedLinear(6, 8, rank=3), nn.Linear(6, 8)):
+        model = randomize(nn.Sequential(layer, nn.BatchNorm1d(8)))
+        x = torch.randn(4, 8, 6)
+        made = tc.fold(model, x)
+        with torch.no_grad():
+            assert torch.equal(made(x), model(x))
+        assert "[3] dims" in made.fold_report.left[0].text
 
 
 def test_dense_layers_take_normalization() -> None:
@@ -290,29 +319,170 @@ def test_parts_of_a_network_that_cannot_be_traced() -> None:
     with torch.no_grad():
         assert difference(made(x), model(x)) < 1e-5
     assert isinstance(made, Branching) and folded_layers(made)
-    assert "torch.fx cannot trace it" in made.fold_report.left[0].text
+    assert "not folded as a whole" in made.fold_report.left[0].text
     assert made.fold_report.folded[0].name == "block.conv1"
 
 
-class WritesItsInput(nn.Module):
-    """The convolution reads x before it is overwritten; its sum with the overwritten one comes later."""
+class Writes(nn.Module):
+    """The convolution reads x before it is overwritten; the sum comes later."""
 
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early = early
+        self.conv = conv(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0
+        other = x + 1.0
+        y = self.conv(x)
+        z = x.mul_(3.0)
+        return F.relu(y + (other if self.early else z))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_layer_is_not_moved_past_a_write(early: bool) -> None:
+    model, x = Writes(early).eval(), torch.randn(2, 4, 6, 6)
+    made = tc.fold(model)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-6
+
+
+class Sums(nn.Module):
+    """Two additions after one layer, and a normalization after a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.bn = conv(4, 4), conv(4, 4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.second(x) + x) + (self.first(x) + x + y)
+
+
+def test_folding_twice_changes_nothing() -> None:
+    model = randomize(Sums())
+    x = (torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6))
+    once = tc.fold(model, x)
+    twice = tc.fold(once, x)
+    with torch.no_grad():
+        assert difference(once(*x), model(*x)) < 1e-5
+        assert torch.equal(twice(*x), once(*x))
+    assert not twice.fold_report.folded
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.block(x if mask is None else x * mask)
+
+
+def test_optional_arguments() -> None:
+    model, x, mask = randomize(Masked()), torch.randn(2, 4, 6, 6), torch.rand(2, 1, 6, 6)
+    for example in ((x, mask), {"x": x, "mask": mask}):
+        made = tc.fold(model, example)
+        with torch.no_grad():
+            assert difference(made(x, mask), model(x, mask)) < 1e-5
+    for made in (tc.fold(model, x), tc.fold(model)):
+        with torch.no_grad():
+            assert difference(made(x), model(x)) < 1e-5
+    parts = tc.fold(model)
+    with torch.no_grad():
+        assert difference(parts(x, mask), model(x, mask)) < 1e-5
+    assert "optional arguments (mask)" in parts.fold_report.left[0].text and parts.fold_report.folded
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(4, 4), nn.BatchNorm2d(4)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x))
+
+
+class Walks(nn.Module):
+    """Walks through its layers, asks a part for more than its forward, and cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(conv(4, 4), nn.BatchNorm2d(4), nn.ReLU(), Block())
+        self.encoder = Encoder()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool(x.sum() < -1e9):
+            return x
+        for layer in self.layers:
+            x = layer(x)
+        return self.encoder.encode(x) + self.encoder(x)
+
+
+def test_parts_that_other_code_uses_stay_what_they_are() -> None:
+    model, x = randomize(Walks()), torch.randn(2, 4, 6, 6)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert difference(made(x), model(x)) < 1e-5
+    assert type(made.layers) is nn.Sequential and len(made.layers) == 4
+    assert [type(m) for m in made.layers][1:3] == [nn.Identity, nn.Identity]
+    assert any(f.name == "layers.0" and "ReLU" in f.text for f in made.fold_report.folded)
+    assert any("may use its encode" in f.text for f in made.fold_report.left)
+
+
+def test_hooks_of_the_network_still_run() -> None:
+    model, x = randomize(Block()), torch.randn(2, 4, 6, 6)
+    model.register_forward_hook(lambda module, inputs, output: output * 0)
+    made = tc.fold(model, x)
+    with torch.no_grad():
+        assert made(x).abs().max() == 0
+    assert "hooks" in made.fold_report.left[0].text
+
+
+@pytest.mark.parametrize("plan", ["dense", None, "staged", "fused"])
+def test_a_residual_gets_its_gradient(plan: str | None) -> None:
+    made = fold_layer(conv(4, 4), relu=True).requires_grad_(False)
+    made.plan = plan
+    x, residual = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6, requires_grad=True)
+    made(x, residual).sum().backward()
+    with torch.no_grad():
+        expected = (made(x, residual) > 0).float()
+    assert torch.equal(residual.grad, expected)
+
+
+class AddsASize(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = conv(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x * 1.0
-        y = self.conv(x)
-        z = x.mul_(3.0)
-        return F.relu(y + z)
+        return self.conv(x) + x.size(0)
 
 
-def test_a_layer_is_not_moved_past_a_write() -> None:
-    model, x = WritesItsInput().eval(), torch.randn(2, 4, 6, 6)
-    made = tc.fold(model)
+def test_what_is_no_tensor_is_added_too() -> None:
+    model, x = AddsASize().eval(), torch.randn(2, 4, 6, 6)
     with torch.no_grad():
-        assert difference(made(x), model(x)) < 1e-6
+        assert difference(tc.fold(model)(x), model(x)) < 1e-6
+
+
+def test_a_folded_network_cannot_be_saved_or_made_dense(tmp_path: Path) -> None:
+    made = tc.fold(randomize(Block()))
+    with pytest.raises(ValueError, match="save: the network is folded"):
+        tc.save(made, tmp_path / "folded.safetensors")
+    for convert in ("to_dense", "to_sequential"):
+        with pytest.raises(ValueError, match="what follows the layer is folded in"):
+            getattr(folded_layers(made)[0], convert)()
+
+
+def test_the_generator_stays_where_it_is() -> None:
+    model = randomize(Block())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tc.fold(model, torch.zeros(2, 4, 6, 6))
+    assert torch.equal(torch.rand(3), expected)
 
 
 class Half(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv2d, fold_layer
-from tensorcomp_ext.plan import get_plan, plans_for
+from tensorcomp_ext.plan import get_plan, packed, plans_for
 from tensorcomp_ext.plan.packed import _available
 
-needs_onednn = pytest.mark.skipif(not _available().ok, reason=_available().reason or "available")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"
+)
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # c_in, c_out, kernel, stride, padding, dilation
 WINDOWS: list[tuple[Any, ...]] = [
@@ -109,15 +112,67 @@ def test_uneven_padding_and_other_dimensions() -> None:
     assert "packed" not in [p.name for p in plans_for(FactorizedConv1d(4, 4, 3, rank=(2, 2)))]
 
 
-def test_a_torch_without_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorcomp_ext.plan import packed
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    _available.cache_clear()
+    yield
+    _available.cache_clear()
 
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_torch_without_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise AttributeError("no attribute '_convolution_pointwise'")
 
     monkeypatch.setattr(packed, "_ops", missing)
+    assert "this torch has not the packed convolution" in _available(torch.float32).reason
+
+
+@needs_onednn
+@pytest.mark.usefixtures("asked_anew")
+def test_the_question_leaves_the_callers_state_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with torch.autocast("cpu"):
+        assert _available(torch.float32).ok
+    assert torch.equal(torch.rand(2), expected)
     _available.cache_clear()
+    torch.set_default_dtype(torch.float64)
     try:
-        assert "this torch has not the packed convolution" in _available().reason
+        assert _available(torch.float32).ok
     finally:
-        _available.cache_clear()
+        torch.set_default_dtype(torch.float32)
+    _available.cache_clear()
+    with torch.device("meta"):
+        assert _available(torch.float32).ok
+
+
+@needs_onednn
+def test_the_kept_weight_is_rounded_once_under_autocast() -> None:
+    layer = FactorizedConv2d(64, 64, 3, rank=(16, 16))
+    x = torch.randn(1, 64, 6, 6)
+    expected = layer.to_dense().double()(x.double())
+    errors = {}
+    for plan in ("dense", "packed"):
+        layer.plan = plan
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            errors[plan] = difference(layer(x), expected)
+    assert errors["packed"] <= 1.05 * errors["dense"]
+
+
+@needs_onednn
+def test_several_shapes_and_threads() -> None:
+    layer = FactorizedConv2d(16, 16, 3, padding=1, rank=(4, 4))
+    layer.plan = "packed"
+    dense = layer.to_dense()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for n, size in ((1, 7), (3, 20), (1, 33)):
+                x = torch.randn(n, 16, size, size)
+                with torch.no_grad():
+                    assert difference(layer(x), dense(x)) < 1e-5
+    finally:
+        torch.set_num_threads(threads)
