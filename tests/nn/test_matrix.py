@@ -273,7 +273,8 @@ def test_export(pair: Pair) -> None:
 def test_linear_layers_under_fx() -> None:
     layer = tcnn.FactorizedLinear(7, 9, rank=3)
     x = torch.randn(2, 7)
-    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
+    # The graph may take another plan, whose roundings differ.
+    torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
 
 
 @every_pair

@@ -236,7 +236,7 @@ def test_threads_and_plans_set_afterwards(monkeypatch: pytest.MonkeyPatch) -> No
         torch.set_num_threads(before)
     monkeypatch.undo()
     calls: list[str] = []
-    staged = get_plan("staged")
+    staged = get_plan("staged").of(layer)
     run = staged.run
     monkeypatch.setattr(staged, "run", lambda *a: calls.append("staged") or run(*a))
     layer.plan = "staged"
