@@ -46,7 +46,8 @@ def ttm_embedding_bag(
     Cost: as :func:`ttm_embedding` for the different indices, and ``dim`` additions an index.
 
     Raises:
-        IndexError, ValueError, TypeError: as :func:`ttm_embedding`, and where the bags do not fit.
+        IndexError, ValueError, TypeError: as :func:`ttm_embedding`, and where the bags do not fit. On CUDA
+            and in compiled code, which read no offsets, those are torch's to refuse.
 
     Source: as :func:`ttm_embedding`.
     """
@@ -60,10 +61,18 @@ def ttm_embedding_bag(
         different, places = flat, torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device)
     else:
         check_indices(indices, num_embeddings, _NAME)
+        if indices.dim() == 1 and not torch._C._functorch.is_batchedtensor(offsets):
+            _check_places(offsets, flat.numel())
+            if include_last_offset:
+                # torch's float64 sums what is behind the end into the last bag, its float32 does not.
+                end = int(offsets[-1])
+                flat, weights = flat[:end], None if weights is None else weights[:end]
         different, places = torch.unique(flat, return_inverse=True)
     rows = ttm_embedding(
         different, cores, num_embeddings=num_embeddings, padding_idx=padding_idx, backend=backend
     )
+    if len(offsets) == int(include_last_offset):
+        return rows[:0]  # torch's kernels crash without a bag
     # The padding row is zero: a sum leaves it out as it is.
     sums = F.embedding_bag(
         places.to(offsets.dtype),
@@ -77,6 +86,24 @@ def ttm_embedding_bag(
         return sums
     counts = _counts(flat != padding, offsets, include_last_offset)
     return sums / counts.clamp(min=1).to(sums.dtype).unsqueeze(1)
+
+
+def _check_places(offsets: Tensor, count: int) -> None:
+    """Raise ``ValueError`` unless the bags begin one after the other within ``count`` indices."""
+    if len(offsets) == 0:
+        return
+    if offsets[0] != 0:
+        raise ValueError(f"{_NAME}: offsets must begin with 0, got {int(offsets[0])}")
+    back = (offsets[1:] < offsets[:-1]).nonzero()
+    if len(back):
+        at = int(back[0])
+        raise ValueError(
+            f"{_NAME}: offsets must not decrease, got {int(offsets[at])} and then {int(offsets[at + 1])}"
+        )
+    if offsets[-1] > count:
+        raise ValueError(
+            f"{_NAME}: offsets must be at most {count}, the number of indices, got {int(offsets[-1])}"
+        )
 
 
 def _counts(counted: Tensor, offsets: Tensor, include_last_offset: bool) -> Tensor:
