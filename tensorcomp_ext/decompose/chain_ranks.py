@@ -54,7 +54,8 @@ def train_ranks(
     n_{k+1}·R_{k+1}, beyond which a core cannot have full rank. Clipping warns; for a single int only if no
     bond can hold it.
 
-    Raises TypeError or ValueError for anything else, and for a rank below 1.
+    Raises:
+        TypeError, ValueError: anything else, or a rank below 1.
     """
     modes = len(sizes)
     if _is_one(ranks):
@@ -95,7 +96,8 @@ def ring_ranks(
     Where all bonds exceed the largest rank of a full tensor train, at which a uniform ring holds every
     tensor, they are clipped to that.
 
-    Raises TypeError or ValueError for anything else, and for a rank below 1.
+    Raises:
+        TypeError, ValueError: anything else, or a rank below 1.
     """
     modes = len(sizes)
     if _is_one(ranks):

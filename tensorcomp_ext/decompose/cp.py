@@ -197,8 +197,11 @@ def cp_als(
     `tensor` last.
 
     The rank may exceed every mode and is clipped, with a warning, to numel divided by the largest mode, at
-    which every tensor is exact. Raises ValueError for NaN, Inf, an empty tensor, a rank, restarts or sweeps
-    below 1, a negative tol; DecompositionError when the least squares fail.
+    which every tensor is exact.
+
+    Raises:
+        ValueError: NaN, Inf, an empty tensor, a rank, restarts or sweeps below 1, a negative tol.
+        DecompositionError: the least squares fail.
     """
     for name, count in (("restarts", restarts), ("sweeps", sweeps)):
         if count < 1:

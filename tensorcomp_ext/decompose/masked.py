@@ -230,7 +230,7 @@ def masked_fit(
     on its observed entries exactly where numel/min(I)·R² ≤ 2²⁶, else it imputes with a sweep of ALS. None of
     these steps raises the objective but by rounding; the best fit is kept.
 
-    Arguments:
+    Args:
         tensor: A, a matrix for "svd" and "ttm", a kernel [T, S, *k] for "tucker2"
         mask: bool of the same shape, True where A is observed
         rank: as the decomposition of that format takes it
@@ -241,8 +241,10 @@ def masked_fit(
     ttm cores. Computed in float64, cast to the dtype and device of `tensor`. An iteration costs one
     decomposition, or two where an extrapolation is taken back.
 
-    Raises ValueError for NaN, Inf, wrong shapes, ranks, modes or format, a mask without a True entry;
-    TypeError for a mask that is not bool; DecompositionError when no driver converges.
+    Raises:
+        ValueError: NaN, Inf, wrong shapes, ranks, modes or format, a mask without a True entry.
+        TypeError: a mask that is not bool.
+        DecompositionError: no driver converges.
     """
     if format not in _FORMATS:
         raise ValueError(f"masked_fit: format must be one of {', '.join(_FORMATS)}, got {format!r}")

@@ -103,9 +103,12 @@ def randomized_svd(
     bytes and a block; 2(q + 1)·m·n·(r + p) multiply-adds for q power iterations. Parts have the dtype and
     device of `matrix`; the same seed gives the same bits.
 
-    Raises ValueError for NaN, Inf, an empty or non-2-D matrix, a rank below 1, a negative oversampling or
-    number of iterations; a rank above min(m, n) is clipped with a warning. DecompositionError when no driver
-    converges.
+    A rank above min(m, n) is clipped with a warning.
+
+    Raises:
+        ValueError: NaN, Inf, an empty or non-2-D matrix, a rank below 1, a negative oversampling or number of
+            iterations.
+        DecompositionError: no driver converges.
     """
     if oversampling < 0 or (power_iterations is not None and power_iterations < 0):
         raise ValueError(

@@ -86,7 +86,10 @@ def thin_svd(matrix: Tensor) -> _Triple:
 def leading_eigenvectors(make_gram: Callable[[], Tensor], rank: int) -> Tensor:
     """Leading `rank` eigenvectors [k, rank], largest first, of the Gram matrix that `make_gram` builds.
 
-    The matrix is built anew for a retry because the solver overwrites it. Raises DecompositionError.
+    The matrix is built anew for a retry because the solver overwrites it.
+
+    Raises:
+        DecompositionError: no driver converges.
     """
     reasons = []
     for driver in ("evr", "ev"):
@@ -159,8 +162,9 @@ def singular_values(tensor: Tensor, mode: int = 0) -> Tensor:
     values below about 1e-8 of the largest drown in rounding there and are returned as exactly zero, as are
     those of dead channels.
 
-    Raises TypeError or ValueError for anything but a finite, non-empty real tensor that has the mode;
-    DecompositionError when no driver converges.
+    Raises:
+        TypeError, ValueError: anything but a finite, non-empty real tensor that has the mode.
+        DecompositionError: no driver converges.
     """
     tensor = check_tensor(tensor, "singular_values: tensor", min_ndim=2)
     if not -tensor.ndim <= mode < tensor.ndim:
@@ -200,8 +204,11 @@ def truncated_svd(matrix: Tensor, rank: SupportsIndex) -> TruncatedSVD:
     followed by a Rayleigh-Ritz step, min(m,n)²·max(m,n)/2 multiply-adds and no float64 copy of the matrix;
     the part of A they can miss is below about 1e-8 of its largest singular value.
 
-    Raises ValueError for NaN, Inf, an empty or non-2-D matrix or a rank below 1; a rank above min(m, n) is
-    clipped with a warning; DecompositionError when no driver converges.
+    A rank above min(m, n) is clipped with a warning.
+
+    Raises:
+        ValueError: NaN, Inf, an empty or non-2-D matrix or a rank below 1.
+        DecompositionError: no driver converges.
     """
     checked = check_tensor(matrix, "truncated_svd: matrix", min_ndim=2, max_ndim=2).contiguous()
     rank = check_rank(rank, min(checked.shape), "truncated_svd: rank")

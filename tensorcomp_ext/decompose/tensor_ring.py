@@ -141,8 +141,10 @@ def tr_svd(tensor: Tensor, ranks: ChainRanks) -> TensorRing:
     R_{d-1}), clipped as `ring_ranks` says. Computed in float64, cast to the dtype and device of `tensor`
     last.
 
-    Raises ValueError for NaN, Inf, fewer than two modes, wrong ranks, and where R_0·R_1 exceeds n_1 (`tr_als`
-    has no such limit); DecompositionError when no driver converges.
+    Raises:
+        ValueError: NaN, Inf, fewer than two modes, wrong ranks, and where R_0·R_1 exceeds n_1 (`tr_als` has
+            no such limit).
+        DecompositionError: no driver converges.
     """
     checked = check_tensor(tensor, "tr_svd: tensor", min_ndim=2).contiguous()
     used = ring_ranks(checked.shape, ranks, "tr_svd: ranks")
@@ -177,15 +179,16 @@ def tr_als(
     take ten sweeps more and only the one of least error goes on. The problem has local minima: of planted
     rings some are found from no start, more so where the ranks are near the sizes of the modes.
 
-    Arguments:
+    Args:
         ranks: an int or (R_0 … R_{d-1}), clipped as `ring_ranks` says
         ridge: added to the normal equations, relative to the mean of their diagonal (1e-8 tames cores that
             grow)
         sweeps, tol: stop after so many sweeps, or when the relative error or its change falls below tol
         restarts, seed: how many random starts, and what they are drawn from
 
-    Raises ValueError for NaN, Inf, wrong ranks, a negative ridge or tol, no sweep, no start;
-    DecompositionError when the least squares fail.
+    Raises:
+        ValueError: NaN, Inf, wrong ranks, a negative ridge or tol, no sweep, no start.
+        DecompositionError: the least squares fail.
     """
     search = _search("tr_als", ridge=ridge, sweeps=sweeps, tol=tol, restarts=restarts, seed=seed)
     checked = check_tensor(tensor, "tr_als: tensor", min_ndim=1).contiguous()

@@ -96,8 +96,10 @@ def tt_svd(tensor: Tensor, ranks: ChainRanks) -> TensorTrain:
     next.
 
     `ranks`: an int, the d − 1 inner ranks, or d + 1 with the boundary ones; clipped as `train_ranks` says.
-    Raises ValueError for NaN, Inf, an empty tensor, a rank below 1 or a wrong number of ranks;
-    DecompositionError when no driver converges.
+
+    Raises:
+        ValueError: NaN, Inf, an empty tensor, a rank below 1 or a wrong number of ranks.
+        DecompositionError: no driver converges.
     """
     checked = check_tensor(tensor, "tt_svd: tensor", min_ndim=1).contiguous()
     cores, error = tt_svd64(checked, train_ranks(checked.shape, ranks, "tt_svd: ranks"))

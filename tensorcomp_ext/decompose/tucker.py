@@ -167,8 +167,11 @@ def hosvd(tensor: Tensor, ranks: Sequence[SupportsIndex], modes: Sequence[int]) 
     last. An unfolding I_n × M_n costs about I_n²·M_n/2 multiply-adds plus the eigenvectors of an I_n × I_n
     matrix.
 
-    `ranks[i]` belongs to `modes[i]`; one above the mode size is clipped with a warning. Raises ValueError for
-    NaN, Inf, rank < 1, repeated or missing modes; DecompositionError when no driver converges.
+    `ranks[i]` belongs to `modes[i]`; one above the mode size is clipped with a warning.
+
+    Raises:
+        ValueError: NaN, Inf, rank < 1, repeated or missing modes.
+        DecompositionError: no driver converges.
     """
     checked, clipped = _prepare("hosvd", tensor, ranks, modes)
     core, factors, _ = solve_in_memory_order(checked, clipped, hosvd64)
@@ -215,8 +218,11 @@ def tucker2(
     HOOI stops at a fit change below 1e-5, at 100 sweeps, or where the sweeps of a huge kernel would take more
     than 5e11 multiply-adds (two sweeps at least). Cost as `hooi`.
 
-    Ranks above T or S are clipped with a warning. Raises ValueError for NaN, Inf, rank < 1, a kernel without
-    spatial dimensions or an unknown method; DecompositionError when no driver converges.
+    Ranks above T or S are clipped with a warning.
+
+    Raises:
+        ValueError: NaN, Inf, rank < 1, a kernel without spatial dimensions or an unknown method.
+        DecompositionError: no driver converges.
     """
     if method not in ("hooi", "hosvd"):
         raise ValueError(f"tucker2: method must be 'hooi' or 'hosvd', got {method!r}")

@@ -78,8 +78,11 @@ def tucker(
     `hooi`.
 
     `ranks`: an int for all modes, or one a mode; clipped to the modes, with a warning (for a single int
-    only if no mode can hold it). Raises ValueError for NaN, Inf, an empty tensor, wrong ranks or an unknown
-    method; DecompositionError when no driver converges.
+    only if no mode can hold it).
+
+    Raises:
+        ValueError: NaN, Inf, an empty tensor, wrong ranks or an unknown method.
+        DecompositionError: no driver converges.
     """
     if method not in ("hooi", "hosvd"):
         raise ValueError(f"tucker: method must be 'hooi' or 'hosvd', got {method!r}")

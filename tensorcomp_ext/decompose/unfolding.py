@@ -26,8 +26,9 @@ class DecompositionError(RuntimeError):
 def check_tensor(tensor: Tensor, name: str, *, min_ndim: int, max_ndim: int | None = None) -> Tensor:
     """Return `tensor` detached and on the CPU, in its own dtype and layout.
 
-    Raises TypeError unless it is a real floating-point tensor, ValueError when its number of dimensions is
-    wrong, when it is empty, or when it holds NaN or Inf.
+    Raises:
+        TypeError: it is no real floating-point tensor.
+        ValueError: its number of dimensions is wrong, it is empty, or it holds NaN or Inf.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -53,7 +54,9 @@ def check_tensor(tensor: Tensor, name: str, *, min_ndim: int, max_ndim: int | No
 def check_rank(rank: SupportsIndex, limit: int, name: str, stacklevel: int = 3) -> int:
     """Return `rank` as an int, clipped to `limit` with a warning.
 
-    Raises ValueError below 1, TypeError for anything but an integer.
+    Raises:
+        ValueError: it is below 1.
+        TypeError: it is no integer.
     """
     if isinstance(rank, bool):
         raise TypeError(f"{name} must be an int, got {rank}")
@@ -74,7 +77,10 @@ def check_rank(rank: SupportsIndex, limit: int, name: str, stacklevel: int = 3) 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """Mode-n unfolding `[I_mode, prod of the others]`, the other modes in order, last index fastest.
 
-    Same column order as `tensorly.unfold`. Raises ValueError for a mode the tensor does not have.
+    Same column order as `tensorly.unfold`.
+
+    Raises:
+        ValueError: a mode the tensor does not have.
     """
     if not -tensor.ndim <= mode < tensor.ndim:
         raise ValueError(f"unfold: mode must be in [{-tensor.ndim}, {tensor.ndim - 1}], got {mode}")

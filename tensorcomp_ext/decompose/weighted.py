@@ -201,13 +201,15 @@ def weighted_fit(
     improved fit of L + (A − L) C/λ. The fit never has a larger weighted error than the unweighted one, from
     which it starts if that is better. An iteration costs numel·I multiply-adds and one decomposition.
 
-    Arguments:
+    Args:
         tensor: A, a matrix [out, in] for "svd" and "ttm", a kernel [T, S, *k] for "tucker2"
         covariance: [I, I], I the product of the input modes: E[x xᵀ] up to a factor; symmetric, may be
-        singular modes: the input modes of the tensor in the order in which they index C, row-major; (1,)
-            for "svd" and "tucker2", those of in_modes for "ttm"
+            singular
+        modes: the input modes of the tensor in the order in which they index C, row-major; (1,) for "svd"
+            and "tucker2", those of in_modes for "ttm"
         ridge: added to C, relative to the mean of its diagonal: directions the data never showed count this
-        much iterations, tol: stop after so many, or when the error changes by less than tol of itself
+            much
+        iterations, tol: stop after so many, or when the error changes by less than tol of itself
 
     Factors as those of `masked_fit`. Computed in float64, cast to the dtype and device of `tensor`. Raises
     ValueError for NaN, Inf, wrong shapes, ranks, modes, format, or a covariance that is not positive
