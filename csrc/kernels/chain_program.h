@@ -6,6 +6,9 @@
 namespace tensorcomp {
 
 constexpr int kMaxChainSteps = 12, kMaxChainDims = 12;
+// Elements of a row between any two steps and of a matrix, and multiply-adds of a row: what kernels compute from them,
+// bytes for some rows and threads, stays within 63 bits.
+constexpr int64_t kMaxChainElements = int64_t{1} << 40, kMaxChainMacs = int64_t{1} << 60;
 
 struct ChainDim {
   int64_t size = 1;
@@ -29,7 +32,7 @@ struct ChainProgram {
 };
 
 // Reads what Program.encode() of tensorcomp_ext/ops/_chain_program.py wrote. False: no program, or one with more steps
-// or dims than the kernels take; the oracle tells which.
+// or dims or larger rows or matrices than the kernels take; the oracle tells which.
 bool decode_chain(const int64_t* numbers, int64_t count, ChainProgram* program);
 
 // The step that takes gradients back: the matrix's rows are summed over, its columns brought.

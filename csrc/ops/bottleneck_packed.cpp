@@ -1,18 +1,16 @@
 // Weights of bottleneck convolutions packed once, and the forward pass with them.
 
-#include <algorithm>
-
 #include "bottleneck_problem.h"
+#include "packed_header.h"
 
 namespace tensorcomp::ops {
 namespace {
 
-// In front of packed weights; 64 bytes keep what follows aligned.
+// In front of packed weights.
 struct PackedHeader {
   static constexpr int64_t kMagic = 0x3270636e6574;  // "tencp2"
   int64_t magic, kind, c_in, rank_in, rank_out, c_out, kernel_h, kernel_w;
 };
-static_assert(sizeof(PackedHeader) == 64, "packed weights start at a cache line");
 
 PackedHeader packed_header(const BottleneckShape& s, int64_t isa) {
   const int64_t form = (s.ring - 1) * 2 + (s.depthwise ? 1 : 0);
@@ -27,12 +25,10 @@ Tensor pack_weights(const ConvKind& kind, const Tensor& core, const Tensor& fact
   const BottleneckShape s = checked_shape(kind, core, factor_out, factor_in);
   const KernelTable& table = kernel_table();
   const BottleneckKernels& kernels = table.bottleneck(s.dtype);
-  Tensor packed = empty_bytes(sizeof(PackedHeader) + kernels.packed_bytes(s));
-  char* to = static_cast<char*>(packed.mutable_data_ptr());
-  *reinterpret_cast<PackedHeader*>(to) = packed_header(s, table.id);
   const Tensor c = dense(core), out = dense(factor_out), in = dense(factor_in);
-  kernels.pack(s, {c.const_data_ptr(), out.const_data_ptr(), in.const_data_ptr()}, to + sizeof(PackedHeader));
-  return packed;
+  const BottleneckWeights weights{c.const_data_ptr(), out.const_data_ptr(), in.const_data_ptr()};
+  return packed_behind(packed_header(s, table.id), kernels.packed_bytes(s),
+                       [&](void* to) { kernels.pack(s, weights, to); });
 }
 
 Tensor run_packed(const ConvKind& kind, const Tensor& x, const Tensor& packed, const ConvTail& tail,
@@ -53,19 +49,12 @@ Tensor run_packed(const ConvKind& kind, const Tensor& x, const Tensor& packed, c
   g.padding = {geometry[8], geometry[9], geometry[10], geometry[11]};
   g.dilation = {geometry[12], geometry[13]};
   const KernelTable& table = kernel_table();
-  const PackedHeader expected = packed_header(s, table.id);
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)),
-                  kind.op, ": packed must come from ", std::string(kind.op).substr(0, std::string(kind.op).size() - 2));
-  const char* from = static_cast<const char*>(packed.const_data_ptr());
-  STD_TORCH_CHECK(std::equal(from, from + sizeof(PackedHeader), reinterpret_cast<const char*>(&expected)), kind.op,
-                  ": the weights were packed for other sizes, another dtype or another "
-                  "instruction set: pack them again");
-  STD_TORCH_CHECK(
-      packed.numel() == static_cast<int64_t>(sizeof(PackedHeader) + table.bottleneck(s.dtype).packed_bytes(s)), kind.op,
-      ": packed is truncated");
+  const std::string op = kind.op;
+  const void* weights = behind_header(
+      kind.op, packed, packed_header(s, table.id), table.bottleneck(s.dtype).packed_bytes(s),
+      op.substr(0, op.size() - 2), "the weights were packed for other sizes, another dtype or another instruction set");
   BottleneckConvParams p = checked_problem(kind, s, x, g);
-  p.packed = from + sizeof(PackedHeader);
+  p.packed = weights;
   p.packed_whole = true;
   return run_forward(kind, p, x, tail, nullptr);
 }

@@ -11,12 +11,6 @@ std::string ranks(const ConvKind& kind, const char* rank) {
 
 }  // namespace
 
-std::string sizes_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
-
 BottleneckShape checked_shape(const ConvKind& kind, const Tensor& core, const Tensor& factor_out,
                               const Tensor& factor_in) {
   const char* const form = kind.depthwise ? "[R, 1, kH, kW]" : "[R_out, R_in, kH, kW]";

@@ -27,10 +27,6 @@ struct ConvGeometry {
 ConvGeometry conv_geometry(const ConvKind& kind, const std::vector<int64_t>& stride,
                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
 
-std::string sizes_of(const Tensor& t);
-
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 // Sizes of the weights; raises where they do not fit each other.
 BottleneckShape checked_shape(const ConvKind& kind, const Tensor& core, const Tensor& factor_out,
                               const Tensor& factor_in);

@@ -3,19 +3,19 @@
 
 #include "chain.h"
 
+#include "packed_header.h"
 #include "phases.h"
 
 namespace tensorcomp::ops {
 namespace {
 
-// In front of packed matrices; 64 bytes keep what follows aligned.
+// In front of packed matrices.
 struct PackedHeader {
   static constexpr int64_t kMagic = 0x6e69616863;  // "chain"
   int64_t magic, isa_and_dtype, numbers, bytes;
   uint64_t program;
   int64_t unused[3];
 };
-static_assert(sizeof(PackedHeader) == 64, "packed matrices start at a cache line");
 
 PackedHeader packed_header(const std::vector<int64_t>& numbers, DType dtype, const KernelTable& table,
                            const ChainProgram& program) {
@@ -29,15 +29,7 @@ PackedHeader packed_header(const std::vector<int64_t>& numbers, DType dtype, con
           {0, 0, 0}};
 }
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 }  // namespace
-
-std::string list_of_sizes(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
 
 bool rows_of(const Tensor& t, int64_t* rows, int64_t* distance) {
   const int64_t last = t.dim() - 1;
@@ -62,7 +54,7 @@ std::vector<const void*> checked_matrices(const char* name, const ChainProgram& 
     const Tensor& m = matrices[static_cast<size_t>(i)];
     const ChainStep& s = program.steps[i];
     STD_TORCH_CHECK(m.dim() == 2 && m.size(0) == s.n_size && m.size(1) == s.k_size, name, ": matrices[", i,
-                    "] must be [new, contracted] = [", s.n_size, ", ", s.k_size, "], got ", list_of_sizes(m));
+                    "] must be [new, contracted] = [", s.n_size, ", ", s.k_size, "], got ", sizes_of(m));
     STD_TORCH_CHECK(m.is_cpu() && m.scalar_type() == matrices[0].scalar_type(), name,
                     ": matrices must have one dtype and lie on the CPU");
     held->push_back(dense(m));
@@ -79,32 +71,21 @@ Tensor pack_chain(const char* name, const ChainProgram& program, const std::vect
   const DType dtype = kernel_dtype(matrices[0]);
   const KernelTable& table = kernel_table();
   const PackedHeader header = packed_header(numbers, dtype, table, program);
-  Tensor packed = empty_bytes(sizeof(PackedHeader) + static_cast<size_t>(header.bytes));
-  char* to = static_cast<char*>(packed.mutable_data_ptr());
-  *reinterpret_cast<PackedHeader*>(to) = header;
-  table.chain(dtype).pack(program, from.data(), to + sizeof(PackedHeader));
-  return packed;
+  return packed_behind(header, static_cast<size_t>(header.bytes),
+                       [&](void* to) { table.chain(dtype).pack(program, from.data(), to); });
 }
 
 const void* checked_packed(const char* name, const ChainProgram& program, const std::vector<int64_t>& numbers,
                            DType dtype, const Tensor& packed) {
   const PackedHeader expected = packed_header(numbers, dtype, kernel_table(), program);
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)),
-                  name, ": packed must come from the op that packs");
-  const char* from = static_cast<const char*>(packed.const_data_ptr());
-  STD_TORCH_CHECK(std::equal(from, from + sizeof(PackedHeader), reinterpret_cast<const char*>(&expected)), name,
-                  ": the matrices were packed for another program, dtype or instruction set: pack them again");
-  STD_TORCH_CHECK(packed.numel() == static_cast<int64_t>(sizeof(PackedHeader)) + expected.bytes, name,
-                  ": packed is truncated");
-  return from + sizeof(PackedHeader);
+  return behind_header(name, packed, expected, static_cast<size_t>(expected.bytes), "the op that packs",
+                       "the matrices were packed for another program, dtype or instruction set");
 }
 
 Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tensor& x, const void* packed,
                  const void* const* matrices) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == program.in_features, call.name,
-                  ": x must be [..., in_features] with in_features = ", program.in_features, ", got ",
-                  list_of_sizes(x));
+                  ": x must be [..., in_features] with in_features = ", program.in_features, ", got ", sizes_of(x));
   ChainParams p;
   p.dtype = kernel_dtype(x);
   p.program = &program;
@@ -119,7 +100,7 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
   if (call.bias) {
     STD_TORCH_CHECK(call.bias->dim() == 1 && call.bias->size(0) == program.out_features && fits(*call.bias), call.name,
                     ": bias must be [out_features] of x's dtype and device with out_features = ", program.out_features,
-                    ", got ", list_of_sizes(*call.bias));
+                    ", got ", sizes_of(*call.bias));
     bias = dense(*call.bias);
     p.bias = bias.const_data_ptr();
   }
@@ -129,7 +110,7 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
     residual = dense(*call.residual);
     STD_TORCH_CHECK(
         fits(residual) && residual.dim() == x.dim() && std::equal(sizes.begin(), sizes.end(), residual.sizes().begin()),
-        call.name, ": residual must have the result's shape, dtype and device, got ", list_of_sizes(residual));
+        call.name, ": residual must have the result's shape, dtype and device, got ", sizes_of(residual));
     p.residual = residual.const_data_ptr();
   }
   Tensor y = empty_contiguous(sizes, p.dtype);
@@ -137,7 +118,7 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
   p.x = rows.const_data_ptr();
   p.y = y.mutable_data_ptr();
   const ChainKernels& kernels = kernel_table().chain(p.dtype);
-  const ChainPlan plan = kernels.plan(p, useful_threads(p.rows * program.macs));
+  const ChainPlan plan = kernels.plan(p, useful_threads(p.rows, program.macs));
   const size_t packed_bytes = packed ? 0 : (kernels.packed_bytes(program) + 63) / 64 * 64;
   Tensor scratch = empty_bytes(plan.scratch_bytes + packed_bytes);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
@@ -165,7 +146,7 @@ Tensor call_reference(const Tensor& x, const std::vector<Tensor>& matrices, cons
 Tensor chain(const Tensor& x, std::vector<Tensor> matrices, std::optional<Tensor> bias, std::vector<int64_t> numbers,
              bool allow_tf32) {
   ChainProgram program;
-  if (!has_native_dtype(x) || !decode_chain(numbers.data(), static_cast<int64_t>(numbers.size()), &program)) {
+  if (!has_native_dtype(x) || !decode_chain(numbers, &program)) {
     return call_reference(x, matrices, bias, numbers, allow_tf32);
   }
   std::vector<Tensor> held;
@@ -177,8 +158,8 @@ Tensor chain(const Tensor& x, std::vector<Tensor> matrices, std::optional<Tensor
 
 ChainProgram decoded(const char* name, const std::vector<int64_t>& numbers) {
   ChainProgram program;
-  STD_TORCH_CHECK(decode_chain(numbers.data(), static_cast<int64_t>(numbers.size()), &program), name,
-                  ": no program, or one of more than ", kMaxChainSteps, " steps or ", kMaxChainDims, " dims");
+  STD_TORCH_CHECK(decode_chain(numbers, &program), name, ": no program, or one of more than ", kMaxChainSteps,
+                  " steps or ", kMaxChainDims, " dims, or of rows or matrices of more than 2**40 elements");
   return program;
 }
 

@@ -17,7 +17,10 @@ struct ChainCall {
   bool relu = false;
 };
 
-std::string list_of_sizes(const Tensor& t);
+// False where the numbers are no program that the kernels take.
+inline bool decode_chain(const std::vector<int64_t>& numbers, ChainProgram* program) {
+  return tensorcomp::decode_chain(numbers.data(), static_cast<int64_t>(numbers.size()), program);
+}
 
 // in -> rank -> out, as Program.encode() writes it.
 inline std::vector<int64_t> pair_numbers(int64_t in, int64_t rank, int64_t out) {

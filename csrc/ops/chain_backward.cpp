@@ -20,11 +20,11 @@ std::vector<Tensor> run_backward(const char* name, const ChainProgram& program, 
   STD_TORCH_CHECK(x.is_cpu() && matrices[0].scalar_type() == x.scalar_type() && x.dim() >= 1 &&
                       x.size(x.dim() - 1) == program.in_features,
                   name, ": x must be [..., in_features] with in_features = ", program.in_features,
-                  ", on the CPU and of the matrices' dtype, got ", list_of_sizes(x));
+                  ", on the CPU and of the matrices' dtype, got ", sizes_of(x));
   STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() &&
                       grad.size(x.dim() - 1) == program.out_features &&
                       std::equal(x.sizes().begin(), x.sizes().end() - 1, grad.sizes().begin()),
-                  name, ": grad must have the shape, dtype and device of the result, got ", list_of_sizes(grad));
+                  name, ": grad must have the shape, dtype and device of the result, got ", sizes_of(grad));
   ChainBackwardParams q;
   q.dtype = kernel_dtype(x);
   q.program = &program;
@@ -58,7 +58,7 @@ std::vector<Tensor> run_backward(const char* name, const ChainProgram& program, 
     if (wanted(2 + i)) q.grad_matrices[i] = found[static_cast<size_t>(2 + i)].mutable_data_ptr();
   }
   const ChainKernels& kernels = kernel_table().chain(q.dtype);
-  const int64_t threads = std::min(q.rows, useful_threads(3 * q.rows * program.macs));
+  const int64_t threads = std::min(q.rows, useful_threads(q.rows, 3 * program.macs));
   const ChainBackwardPlan plan = kernels.backward_plan(q, threads);
   Tensor scratch = empty_bytes(plan.scratch_bytes);
   q.scratch = scratch.mutable_data_ptr();
@@ -69,7 +69,7 @@ std::vector<Tensor> run_backward(const char* name, const ChainProgram& program, 
 std::vector<Tensor> chain_backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> matrices,
                                    std::vector<int64_t> numbers, int64_t mask, bool allow_tf32) {
   ChainProgram program;
-  if (has_native_dtype(x) && decode_chain(numbers.data(), static_cast<int64_t>(numbers.size()), &program)) {
+  if (has_native_dtype(x) && decode_chain(numbers, &program)) {
     return run_backward("chain_backward", program, grad, x, matrices, mask);
   }
   using torch::stable::detail::from;
@@ -88,7 +88,7 @@ PairGradients two_factor_linear_backward(const Tensor& grad, const Tensor& x, co
   check_factors(kName, a, b);
   const std::vector<int64_t> numbers = pair_numbers(b.size(1), a.size(1), a.size(0));
   ChainProgram program;
-  if (has_native_dtype(x) && decode_chain(numbers.data(), static_cast<int64_t>(numbers.size()), &program)) {
+  if (has_native_dtype(x) && decode_chain(numbers, &program)) {
     const int64_t chain_mask = (mask & 1) | (mask >> 3 & 1) << 1 | (mask >> 2 & 1) << 2 | (mask >> 1 & 1) << 3;
     const std::vector<Tensor> found = run_backward(kName, program, grad, x, {b, a}, chain_mask);
     return {found[0], found[3], found[2], found[1]};

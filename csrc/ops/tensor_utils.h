@@ -11,6 +11,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../kernels/params.h"
@@ -32,6 +33,15 @@ inline DType kernel_dtype(const Tensor& t) {
 inline int32_t torch_dtype(DType dtype) {
   return dtype == DType::kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
 }
+
+// "[2, 3]"
+inline std::string sizes_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor empty_cpu(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle;
@@ -89,11 +99,15 @@ inline Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, bool chann
   return empty_cpu<4>(sizes, strides, torch_dtype(dtype));
 }
 
-// Threads worth waking for a number of multiply-adds: a fork and join costs about what this many take.
-inline int64_t useful_threads(int64_t macs) {
+// Threads worth waking for so many rows of so many multiply-adds each: a fork and join costs about what this many take.
+inline int64_t useful_threads(int64_t rows, int64_t macs) {
   constexpr int64_t kMacsPerThread = 200'000;
   const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
-  return std::max<int64_t>(1, std::min(most, macs / kMacsPerThread));
+  // A product past 63 bits is worth all threads.
+  const int64_t worth = macs < (int64_t{1} << 62) / std::max<int64_t>(rows, 1) ? rows * macs / kMacsPerThread : most;
+  return std::max<int64_t>(1, std::min(most, worth));
 }
+
+inline int64_t useful_threads(int64_t macs) { return useful_threads(1, macs); }
 
 }  // namespace tensorcomp::ops

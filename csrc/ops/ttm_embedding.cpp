@@ -59,6 +59,7 @@ EmbeddingProblem embedding_problem(const Tensor& indices, const std::vector<Tens
     s.rank[k + 1] = core.size(3);
     STD_TORCH_CHECK(padded <= (int64_t{1} << 62) / s.vocab[k], "ttm_embedding: more rows than 2**62");
     padded *= s.vocab[k];
+    STD_TORCH_CHECK(made.dim <= (int64_t{1} << 31) / s.dim[k], "ttm_embedding: rows of more than 2**31 numbers");
     made.dim *= s.dim[k];
     made.macs += s.rank[0] * made.dim * s.rank[k] * (k + 1 < cores.size() ? s.rank[k + 1] : 1);
     made.cores.push_back(core.is_contiguous() ? core : torch::stable::contiguous(core));

@@ -5,16 +5,12 @@
 namespace tensorcomp::ops {
 
 void check_factors(const char* name, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.dim() == 2 && a.size(1) > 0, name, ": a must be [out, R] with R >= 1, got ", list_of_sizes(a));
+  STD_TORCH_CHECK(a.dim() == 2 && a.size(1) > 0, name, ": a must be [out, R] with R >= 1, got ", sizes_of(a));
   STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == a.size(1), name, ": b must be [R, in] with R = ", a.size(1), ", got ",
-                  list_of_sizes(b));
+                  sizes_of(b));
 }
 
 namespace {
-
-bool decode_pair(const std::vector<int64_t>& numbers, ChainProgram* program) {
-  return decode_chain(numbers.data(), static_cast<int64_t>(numbers.size()), program);
-}
 
 Tensor call_reference(const Tensor& x, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias,
                       bool allow_tf32) {
@@ -30,7 +26,7 @@ Tensor two_factor_linear(const Tensor& x, const Tensor& a, const Tensor& b, std:
   constexpr const char* kName = "two_factor_linear";
   check_factors(kName, a, b);
   ChainProgram program;
-  if (!has_native_dtype(x) || !decode_pair(pair_numbers(b.size(1), a.size(1), a.size(0)), &program)) {
+  if (!has_native_dtype(x) || !decode_chain(pair_numbers(b.size(1), a.size(1), a.size(0)), &program)) {
     return call_reference(x, a, b, bias,
                           allow_tf32);  // features may be none at all
   }
@@ -47,7 +43,7 @@ Tensor two_factor_linear_pack(const Tensor& a, const Tensor& b) {
   check_factors(kName, a, b);
   const std::vector<int64_t> numbers = pair_numbers(b.size(1), a.size(1), a.size(0));
   ChainProgram program;
-  STD_TORCH_CHECK(decode_pair(numbers, &program), kName, ": factors without features have no packed form");
+  STD_TORCH_CHECK(decode_chain(numbers, &program), kName, ": factors without features have no packed form");
   return pack_chain(kName, program, numbers, {b, a});
 }
 
@@ -59,7 +55,7 @@ Tensor two_factor_linear_packed(const Tensor& x, const Tensor& packed, std::opti
   STD_TORCH_CHECK(x.is_cpu() && has_native_dtype(x), kName, ": x must be float32 or bfloat16 on the CPU");
   const std::vector<int64_t> numbers = pair_numbers(sizes[2], sizes[1], sizes[0]);
   ChainProgram program;
-  STD_TORCH_CHECK(decode_pair(numbers, &program), kName, ": sizes must be >= 1");
+  STD_TORCH_CHECK(decode_chain(numbers, &program), kName, ": sizes must be >= 1");
   const void* matrices = checked_packed(kName, program, numbers, kernel_dtype(x), packed);
   return run_chain({kName, bias}, program, x, matrices, nullptr);
 }

@@ -281,7 +281,13 @@ void test_refuses_what_is_no_program() {
   CHECK(!decodes({1, 4, 1, 1, 1, 1, 3, 1, 0}));        // no dim 1
   CHECK(!decodes({2, 4, 2, 1, 2, 0, 0, 1, 3, 1, 0}));  // a dim twice
   CHECK(!decodes({2, 4, 2, 1, 1, 0, 1, 3, 2, 0, 0}));  // no permutation
-  CHECK(!decodes({1, 4, 13, 1, 0, 1, 3, 1, 0}));       // more steps than there are numbers, and than the kernels take
+  const int64_t large = int64_t{1} << 32, half = int64_t{1} << 20;
+  CHECK(!decodes({2, large, large, 1, 1, 0, 1, 3, 2, 0, 1}));                            // 0 where it wraps
+  CHECK(!decodes({1, 1, 1, 1, 0, 2, large, large, 2, 0, 1}));                            // brought
+  CHECK(!decodes({1, half + 1, 1, 1, 0, 1, half, 1, 0}));                                // a matrix
+  CHECK(!decodes({2, half, 1, 2, 1, 1, 1, half, 2, 0, 1, 1, 1, 1, 2 * half, 2, 0, 1}));  // a row in between
+  CHECK(decodes({2, half, 1, 2, 1, 1, 1, half, 2, 0, 1, 1, 1, 1, half / 2, 2, 0, 1}));
+  CHECK(!decodes({1, 4, 13, 1, 0, 1, 3, 1, 0}));  // more steps than there are numbers, and than the kernels take
 }
 
 }  // namespace

@@ -124,6 +124,65 @@ def test_packed_matrices_serve_their_program_alone(isa: str) -> None:
         pack_chain(arguments.matrices[::-1], arguments.program)
 
 
+# Sizes that wrap to others in 64 bits, negative ones, places that are not there, matrices of more than there is.
+HOSTILE = {
+    "wraps to 0": [2, 2**32, 2**32, 1, 1, 0, 1, 3, 2, 0, 1],
+    "wraps to 4": [2, 2**62 + 1, 4, 1, 1, 0, 1, 3, 2, 0, 1],
+    "brings 0": [1, 4, 1, 1, 0, 2, 2**32, 2**32, 2, 0, 1],
+    "a row in between": [1, 1, 3, *(1, 0, 1, 2**20, 1, 0), *(0, 3, 2**20, 2**20, 2**20, 4, 0, 1, 2, 3), 1, 0, 0, 0],
+    "most of 64 bits": [1, 2**63 - 1, 1, 1, 0, 1, 2, 1, 0],
+    "negative": [1, -4, 1, 1, 0, 1, 3, 1, 0],
+    "brings less than none": [1, 4, 1, 1, 0, 1, -3, 1, 0],
+    "no such place": [1, 4, 1, 1, 7, 1, 3, 1, 0],
+    "a place below 0": [1, 4, 1, 1, -1, 1, 3, 1, 0],
+    "orders what is not there": [1, 4, 1, 1, 0, 1, 3, 1, 5],
+    "a list of 2**62": [2**62, 4],
+    "2**62 steps": [1, 4, 2**62, 1, 0, 1, 3, 1, 0],
+}
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("form", HOSTILE)
+def test_hostile_programs(form: str, rows: int) -> None:
+    numbers = HOSTILE[form]
+    refuses = pytest.raises((RuntimeError, ValueError, OverflowError), match=r"chain|steps|program")
+    packed = pack_chain([torch.zeros(3, 4)], Program((4,), (Step((0,), (3,), (0,)),)))
+    for features in (0, 4):
+        x, matrices = torch.zeros(rows, features), [torch.zeros(3, features)]
+        with refuses:
+            OPS.chain(x, matrices, None, numbers)
+        with refuses:
+            OPS.chain_backward(torch.zeros(rows, 3), x, matrices, numbers, -1)
+        with refuses:
+            OPS.chain_packed(x, packed, None, numbers)
+        with refuses:
+            OPS.chain_pack(matrices, numbers)
+    with refuses:
+        OPS.cuda_fits_chain(numbers, 4, 200_000)
+
+
+def test_a_row_between_steps_that_no_memory_holds(isa: str) -> None:
+    # Three small matrices bring a million values each, three more sum them away again.
+    wide = 2**20
+    brings = [[1, 0, 2, wide, 1, 2, 0, 1]] + [[1, k, 2, wide, 1, k + 2, *range(k + 2)] for k in (1, 2)]
+    sums = [[1, k, 0, k, *range(k)] for k in (3, 2, 1)]
+    numbers = [1, 1, 6] + [n for step in (*brings, *sums) for n in step]
+    matrices = [torch.ones(wide, 1)] * 3 + [torch.ones(1, wide)] * 3
+    for call in (
+        lambda: OPS.chain_pack(matrices, numbers),
+        lambda: OPS.cuda_fits_chain(numbers, 4, 200_000),
+    ):
+        with pytest.raises(RuntimeError, match="chain"):
+            call()
+
+
+@pytest.mark.parametrize("sizes", [(2**40, 2**40, 4), (-3, 2, 4), (3, 0, 4), (2**63 - 1, 2, 4)], ids=str)
+def test_hostile_pairs(sizes: tuple[int, ...]) -> None:
+    packed = OPS.two_factor_linear_pack(torch.zeros(3, 2), torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match="two_factor_linear_packed: "):
+        OPS.two_factor_linear_packed(torch.zeros(2, 4), packed, None, sizes)
+
+
 def test_fake_packed_results() -> None:
     arguments = ChainCase("ring", (2, 3)).make()
     packed, numbers = pack_chain(arguments.matrices, arguments.program), program_numbers(arguments.program)

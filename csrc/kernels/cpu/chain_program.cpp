@@ -51,6 +51,13 @@ bool permutes(const int64_t* order, int64_t count) {
   return true;
 }
 
+// size *= by, for by >= 1; false where the product is more than kernels count.
+bool grow(int64_t& size, int64_t by) {
+  if (size > kMaxChainElements / by) return false;
+  size *= by;
+  return true;
+}
+
 // One step for rows of `dims`, which become those after it.
 bool read_step(Reader& reader, int64_t* dims, int64_t& rank, ChainStep& step) {
   constexpr int64_t kMost = kMaxChainDims;
@@ -65,7 +72,7 @@ bool read_step(Reader& reader, int64_t* dims, int64_t& rank, ChainStep& step) {
   step.in_size = 1;
   for (int64_t d = rank; d-- > 0;) {
     before[d] = step.in_size;
-    step.in_size *= dims[d];
+    if (!grow(step.in_size, dims[d])) return false;
   }
   bool summed[kMost] = {};
   step.k_size = 1;
@@ -85,13 +92,14 @@ bool read_step(Reader& reader, int64_t* dims, int64_t& rank, ChainStep& step) {
   for (int64_t i = brings; i-- > 0;) {
     if (brought[i] < 1) return false;
     arranged[kept + i] = {brought[i], step.n_size, 0};
-    step.n_size *= brought[i];
+    if (!grow(step.n_size, brought[i])) return false;
   }
+  if (int64_t matrix = step.n_size; !grow(matrix, step.k_size)) return false;
   step.out_size = 1;
   for (int64_t place = orders; place-- > 0;) {
     ChainDim& d = arranged[order[place]];
     d.out = step.out_size;
-    step.out_size *= d.size;
+    if (!grow(step.out_size, d.size)) return false;
     dims[place] = d.size;
   }
   rank = orders;
@@ -121,7 +129,9 @@ bool decode_chain(const int64_t* numbers, int64_t count, ChainProgram* program) 
   for (int64_t i = 0; i < steps; ++i) {
     ChainStep& step = program->steps[i];
     if (!read_step(reader, dims, rank, step)) return false;
+    // Its square is the product of the rows before and after and the matrix: at most kMaxChainElements^3.
     program->macs += step.in_size * step.n_size;
+    if (program->macs > kMaxChainMacs) return false;
   }
   program->in_features = program->steps[0].in_size;
   program->out_features = program->steps[steps - 1].out_size;

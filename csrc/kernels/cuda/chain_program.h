@@ -15,10 +15,16 @@ struct ProgramStep {
   std::vector<int64_t> contracted, brought, order, kept;
 };
 
+// Elements of a row between any two steps, and of a matrix, as on the CPU.
+constexpr int64_t kMostChainElements = int64_t{1} << 40;
+
+// Of sizes >= 1; one more than kMostChainElements where it would be more than those.
 inline int64_t product(const std::vector<int64_t>& sizes) {
-  constexpr int64_t kMost = int64_t{1} << 31;
   int64_t result = 1;
-  for (const int64_t size : sizes) result = std::min(result * std::min(size, kMost), kMost);
+  for (const int64_t size : sizes) {
+    if (size > kMostChainElements / result) return kMostChainElements + 1;
+    result *= size;
+  }
   return result;
 }
 
@@ -61,7 +67,7 @@ struct Program {
   }
 };
 
-// Reads what tensorcomp_ext/ops/_chain_program.py writes; nothing where it is no program.
+// Reads what tensorcomp_ext/ops/_chain_program.py writes; nothing where it is no program, or one too large.
 inline std::optional<Program> decode_program(const std::vector<int64_t>& numbers) {
   size_t at = 0;
   const auto list = [&](std::vector<int64_t>& to) {
@@ -95,6 +101,13 @@ inline std::optional<Program> decode_program(const std::vector<int64_t>& numbers
     program.steps.push_back(step);
   }
   if (program.steps.empty() || at != numbers.size()) return {};
+  const auto countable = [](int64_t elements) { return elements <= kMostChainElements; };
+  for (const std::vector<int64_t>& sizes : program.states()) {
+    if (!countable(product(sizes))) return {};
+  }
+  for (size_t i = 0; i < program.steps.size(); ++i) {
+    if (!countable(product({program.rows(i), program.columns(i)}))) return {};
+  }
   return program;
 }
 

@@ -66,6 +66,7 @@ Tensor chain_pack(std::vector<Tensor> matrices, std::vector<int64_t> program) {
   const CallDevice device(matrices[0]);
   const PreparedChain& prepared = prepared_chain(program, element_of(matrices[0], false), device);
   check_matrices(prepared.program, matrices, matrices[0]);
+  STD_TORCH_CHECK(prepared.fits, kChainName, "_pack: a row of the chain does not fit this device's shared memory");
   return packed_chain(prepared, prepared.packed_size, device, matrices);
 }
 

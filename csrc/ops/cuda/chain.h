@@ -40,10 +40,11 @@ inline const PreparedChain& prepared_chain(const std::vector<int64_t>& numbers, 
   std::vector<int64_t> packed_for = numbers;
   packed_for.push_back(element_bytes(element));
   packed_for.push_back(element == Element::kFloat16);
-  const size_t bytes = chain_packed_bytes(*program, element);
+  const bool fits = !device.old() && chain_fits(*program, element, limits);
+  // Sizes of what does not fit may be past the 32 bits that the kernels count in.
+  const size_t bytes = fits ? chain_packed_bytes(*program, element) : 0;
   PreparedChain one{numbers, element,      limits.shared_per_block, *program, bytes, size_with_tag(bytes, packed_for),
-                    false,   ChainParams()};
-  one.fits = !device.old() && chain_fits(*program, element, limits);
+                    fits,    ChainParams()};
   if (one.fits) one.forward = *chain_params(*program, element);
   if (kept.size() == kMostKept) kept.pop_front();
   kept.push_back(one);

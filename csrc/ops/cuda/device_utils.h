@@ -74,12 +74,6 @@ inline bool kernels_take(const Convolution& c, const CallDevice& device) {
   return !device.old() && fits(c, device.limits());
 }
 
-inline std::string sizes_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
-
 inline bool served(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
@@ -114,8 +108,6 @@ inline int32_t dtype_of(const Tensor& t) {
 inline Tensor bytes_on(const Tensor& like, size_t bytes) {
   return empty_on<1>(like, {static_cast<int64_t>(bytes)}, {1}, aoti_torch_dtype_uint8());
 }
-
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Bytes of packed weights. A header could not be read without waiting for the device, so a few bytes at the end, whose
 // number follows from sizes and dtype, tell what they were packed for.

@@ -41,6 +41,7 @@ struct EmbeddingCall {
     int64_t vocab = 1;
     for (const Tensor& core : given) {
       vocab = core.size(1) > rows / vocab ? rows : vocab * core.size(1);
+      STD_TORCH_CHECK(dim <= kMost / core.size(2), kEmbeddingName, ": rows of more than 2**31 numbers");
       dim *= core.size(2);
       fits = fits && core.numel() < kMost;
     }

@@ -320,6 +320,9 @@ void test_refusals() {
   CHECK(!decode_program({1, 4, 1, 1, 0, 1, 3, 1, 0, 9}).has_value());  // a number too many
   CHECK(!decode_program({1, 4, 1, 1, 0, 1, 3, 1}).has_value());        // one too few
   CHECK(decode_program({1, 4, 1, 1, 0, 1, 3, 1, 0}).has_value());
+  const int64_t large = int64_t{1} << 32;  // products past 64 bits
+  CHECK(!decode_program({2, large, large, 1, 1, 0, 1, 3, 2, 0, 1}).has_value());
+  CHECK(!decode_program({1, 1, 1, 1, 0, 2, large, large, 2, 0, 1}).has_value());
 }
 
 void test_dividers() {
