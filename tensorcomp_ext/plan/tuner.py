@@ -28,19 +28,32 @@ _UNSTEADY = 2.0
 """Median over the tenth percentile above which something else ran beside a measurement."""
 
 
-@dataclass
-class _Sample:
+@dataclass(frozen=True)
+class _Like:
+    """What a tensor is but for its values."""
+
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    case: Case
 
-    def input(self, requires_grad: bool) -> Tensor:
+    @staticmethod
+    def of(x: Tensor) -> _Like:
+        return _Like(tuple(x.shape), x.stride(), x.dtype, x.device)
+
+    def random(self, requires_grad: bool = False) -> Tensor:
         # An expanded input is made again by expanding: torch fills no entry twice.
         stored = [1 if step == 0 else size for size, step in zip(self.shape, self.stride, strict=True)]
         x = torch.empty_strided(stored, self.stride, dtype=self.dtype, device=self.device).normal_()
         return x.as_strided(self.shape, self.stride).requires_grad_(requires_grad)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    x: _Like
+    case: Case
+    residual: _Like | None = None
+    """What a folded layer was given to add."""
 
 
 def tune(
@@ -102,7 +115,10 @@ def tune(
         for done, (sample, members) in enumerate(work):
             if progress is not None:
                 progress(done, len(work), members[0])
-            timings, unavailable = _measure(layers[members[0]], sample, training, seconds, cuda_graphs)
+            # What the groups to come do not need may go into measuring this one again.
+            later = seconds * _candidates(layers, work[done + 1 :])
+            end = start + _BUDGET - later
+            timings, unavailable = _measure(layers[members[0]], sample, training, seconds, cuda_graphs, end)
             if not timings:
                 continue
             choice = _fastest(timings)
@@ -141,10 +157,12 @@ def _record(
     def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             layer = layers[name]
-            x = layer.as_batch(args[0] if args else kwargs["input"])
-            seen.append(
-                (name, _Sample(tuple(x.shape), x.stride(), x.dtype, x.device, layer.case(x, training)))
-            )
+            given = args[0] if args else kwargs["input"]
+            x, residual = layer.as_batch(given), _residual(layer, args, kwargs)
+            if residual is not None and x is not given:
+                residual = layer.as_batch(residual)
+            added = None if residual is None else _Like.of(residual)
+            seen.append((name, _Sample(_Like.of(x), layer.case(x, training), added)))
 
         return record
 
@@ -165,16 +183,30 @@ def _record(
     return seen
 
 
+def _rectifies(layer: PlannedLayer) -> bool | None:
+    """Whether a folded layer rectifies; None of another layer."""
+    return getattr(layer, "relu", None)
+
+
+def _residual(layer: PlannedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    if _rectifies(layer) is None:
+        return None
+    given = args[1] if len(args) > 1 else kwargs.get("residual")
+    return given if isinstance(given, Tensor) else None
+
+
 def _groups(
     layers: Mapping[str, PlannedLayer], seen: Sequence[tuple[str, _Sample]]
 ) -> list[tuple[_Sample, list[str]]]:
     """Layers that one measurement serves, under the first sample seen."""
     groups: dict[Any, tuple[_Sample, list[str]]] = {}
     for name, sample in seen:
-        layer = layers[name]
-        kind = (type(layer), layer.geometry, layer.weight.name, layer.weight.rank, tuple(layer.weight.shape))
+        layer, weight = layers[name], layers[name].weight
+        # The modes into which a format folds the sizes are of its structure.
+        form = (weight.name, weight.rank, tuple(weight.shape), str(sorted(weight.structure.items())))
+        kind = (type(layer), layer.geometry, form, _rectifies(layer))
         trained = tuple(p.requires_grad for p in layer.parameters()) if sample.case.training else ()
-        key = (kind, layer.bias is None, trained, sample.case, sample.stride)
+        key = (kind, layer.bias is None, trained, sample.case, sample.x.stride, sample.residual)
         _, members = groups.setdefault(key, (sample, []))
         if name not in members:
             members.append(name)
@@ -182,18 +214,20 @@ def _groups(
 
 
 def _measure(
-    layer: PlannedLayer, sample: _Sample, training: bool, seconds: float, cuda_graphs: bool
+    layer: PlannedLayer, sample: _Sample, training: bool, seconds: float, cuda_graphs: bool, end: float
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     unavailable: dict[str, str] = {}
     calls: dict[str, Callable[[], object]] = {}
-    if sample.dtype.is_floating_point:
-        x = sample.input(requires_grad=training)
+    if sample.x.dtype.is_floating_point:
+        x = sample.x.random(requires_grad=training)
     else:  # indices: as different as those of a call
-        x = torch.randint(layer.weight.shape[0], sample.shape, dtype=sample.dtype, device=sample.device)
+        like = sample.x
+        x = torch.randint(layer.weight.shape[0], like.shape, dtype=like.dtype, device=like.device)
+    residual = None if sample.residual is None else sample.residual.random()
     for plan in plans_for(layer):
         support = offered(plan, layer, sample.case)
         if support.ok:
-            calls[plan.name] = _call(layer, plan.name, x, training)
+            calls[plan.name] = _call(layer, plan.name, x, residual, training)
         else:
             unavailable[plan.name] = support.reason
     with torch.enable_grad() if training else torch.inference_mode():
@@ -202,30 +236,46 @@ def _measure(
             unavailable |= wrong
             calls = {name: call for name, call in calls.items() if name not in wrong}
         if not cuda_graphs:
-            return _steady_times(calls, seconds, x.device), unavailable
+            return _steady_times(calls, seconds, end, x.device), unavailable
         calls, refused = captured(calls, x.device)
         clock = clock_for(x.device, queued=True)
-        return _steady_times(calls, seconds, x.device, clock), unavailable | refused
+        return _steady_times(calls, seconds, end, x.device, clock), unavailable | refused
 
 
-def _steady_times(calls: Mapping[str, Callable[[], object]], seconds: float, *how: Any) -> dict[str, Timing]:
-    """Times of the calls; measured once more, the lower median counting, where something disturbed them."""
+def _steady_times(
+    calls: Mapping[str, Callable[[], object]], seconds: float, end: float, *how: Any
+) -> dict[str, Timing]:
+    """Times of the calls; measured once more, the lower median counting, where something disturbed them.
+
+    The second time lasts no longer than until ``end`` on the clock, and is left out where that has come.
+    """
     timings = time_interleaved(calls, seconds, *how)
-    if all(t.median <= _UNSTEADY * t.p10 for t in timings.values()):
+    left = end - time.perf_counter()
+    if left <= 0 or all(t.median <= _UNSTEADY * t.p10 for t in timings.values()):
         return timings
-    again = time_interleaved(calls, seconds, *how)
+    again = time_interleaved(calls, min(seconds, left / max(1, len(calls))), *how)
     return {name: min(t, again[name], key=lambda found: found.median) for name, t in timings.items()}
 
 
-def _call(layer: PlannedLayer, name: str, x: Tensor, training: bool) -> Callable[[], object]:
+def _call(
+    layer: PlannedLayer, name: str, x: Tensor, residual: Tensor | None, training: bool
+) -> Callable[[], object]:
     plan = get_plan(name)
     if not training:
         with torch.no_grad():
             bound = layer.executor(plan, x)
         bias = layer.bias
-        return lambda: bound(x, bias)
+        given = (x, bias) if residual is None else (x, bias, residual)
+        return lambda: bound(*given)
     wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
     with torch.no_grad():
         gradient = torch.ones_like(plan.run(layer, x))
     call = plan.bind_training(layer, layer.case(x, training=True))
-    return lambda: torch.autograd.grad(call(layer, x), wanted, gradient)
+
+    def result() -> Tensor:
+        y: Tensor = call(layer, x)
+        if residual is not None:
+            y = y + residual
+        return y.relu() if _rectifies(layer) else y
+
+    return lambda: torch.autograd.grad(result(), wanted, gradient)

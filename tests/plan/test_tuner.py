@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -270,10 +272,10 @@ def test_disturbed_times_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> Non
     quiet = {"dense": Timing(1.1, 1.0, 1.2, 5), "staged": Timing(2.2, 1.9, 2.3, 5)}
     runs = iter([disturbed, quiet])
     monkeypatch.setattr(tuner, "time_interleaved", lambda *_: next(runs))
-    found = tuner._steady_times({}, 0.1, torch.device("cpu"))
+    found = tuner._steady_times({}, 0.1, math.inf, torch.device("cpu"))
     assert found == {"dense": quiet["dense"], "staged": disturbed["staged"]}
     runs = iter([quiet])
-    assert tuner._steady_times({}, 0.1, torch.device("cpu")) == quiet
+    assert tuner._steady_times({}, 0.1, math.inf, torch.device("cpu")) == quiet
 
 
 def test_the_budget_is_shared_by_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,3 +298,33 @@ def test_the_budget_is_shared_by_all_candidates(monkeypatch: pytest.MonkeyPatch)
     asked.clear()
     tune(model, x, min_seconds=0.001)
     assert {seconds for _, seconds in asked} == {0.001}
+
+
+def test_no_time_is_taken_again_past_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    disturbed = Timing(9.0, 1.0, 9.5, 5)
+
+    def timed(calls: dict[str, Any], seconds: float, *how: Any) -> dict[str, Timing]:
+        asked.append(seconds)
+        return dict.fromkeys(calls, disturbed)
+
+    monkeypatch.setattr(tuner, "time_interleaved", timed)
+    calls: dict[str, Any] = {"dense": None, "staged": None}
+    now = time.perf_counter()
+    assert tuner._steady_times(calls, 0.1, now - 1.0, "cpu") == dict.fromkeys(calls, disturbed)
+    assert asked == [0.1]
+    tuner._steady_times(calls, 50.0, now + 60.0, "cpu")
+    assert asked[1] == 50.0 and 20.0 < asked[2] <= 30.0
+
+
+def test_modes_are_measured_apart(stopwatch: dict[str, float]) -> None:
+    """Layers of one rank and size whose factors differ."""
+    seen: list[str] = []
+    model = nn.Sequential(
+        FactorizedLinear(64, 64, format="tt", rank=4, in_modes=(8, 8), out_modes=(8, 8)),
+        FactorizedLinear(64, 64, format="tt", rank=4, in_modes=(2, 32), out_modes=(32, 2)),
+        FactorizedLinear(64, 64, format="tt", rank=4, in_modes=(8, 8), out_modes=(8, 8)),
+    )
+    stopwatch |= {"merged": 5e-5, "pair": 6e-5}
+    tune(model, torch.randn(3, 64), progress=lambda done, total, name: seen.append(name))
+    assert seen == ["0", "1", ""]
