@@ -136,10 +136,8 @@ Tensor call_reference(const Tensor& x, const std::vector<Tensor>& matrices, cons
                       const std::vector<int64_t>& program, bool allow_tf32) {
   using torch::stable::detail::from;
   std::array<StableIValue, 5> stack{from(x), from(matrices), from(bias), from(program), from(allow_tf32)};
-  std::string text;
-  for (const int64_t number : program) text += (text.empty() ? "" : ", ") + std::to_string(number);
   STD_TORCH_CHECK(torch_call_dispatcher("tensorcomp::chain_reference", "", stack.data(), TORCH_ABI_VERSION) == 0,
-                  "chain: program [", text, "] is none, or the tensors do not fit it");
+                  "chain", no_such_program(program));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

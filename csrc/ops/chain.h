@@ -22,6 +22,13 @@ inline bool decode_chain(const std::vector<int64_t>& numbers, ChainProgram* prog
   return tensorcomp::decode_chain(numbers.data(), static_cast<int64_t>(numbers.size()), program);
 }
 
+// The error of a program that the oracle refuses too.
+inline std::string no_such_program(const std::vector<int64_t>& numbers) {
+  std::string text;
+  for (const int64_t number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+  return ": program [" + text + "] is none, or the tensors do not fit it";
+}
+
 // in -> rank -> out, as Program.encode() writes it.
 inline std::vector<int64_t> pair_numbers(int64_t in, int64_t rank, int64_t out) {
   return {1, in, 2, 1, 0, 1, rank, 1, 0, 1, 0, 1, out, 1, 0};

@@ -74,8 +74,9 @@ std::vector<Tensor> chain_backward(const Tensor& grad, const Tensor& x, std::vec
   }
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(grad), from(x), from(matrices), from(numbers), from(mask), from(allow_tf32)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("tensorcomp::chain_backward_reference", "", stack.data(), TORCH_ABI_VERSION));
+  STD_TORCH_CHECK(
+      torch_call_dispatcher("tensorcomp::chain_backward_reference", "", stack.data(), TORCH_ABI_VERSION) == 0,
+      "chain_backward", no_such_program(numbers));
   return torch::stable::detail::to<std::vector<Tensor>>(stack[0]);
 }
 

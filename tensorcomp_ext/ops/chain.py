@@ -271,6 +271,7 @@ def _forward(
     program: Sequence[int],
     allow_tf32: bool = False,
 ) -> Tensor:
+    check_arguments(x, matrices, bias, decode(program))
     return oracle(x, matrices, bias, program).contiguous()
 
 
@@ -282,6 +283,7 @@ def _backward(
     output_mask: int,
     allow_tf32: bool = False,
 ) -> list[Tensor]:
+    check_arguments(x, matrices, None, decode(program))
     wanted = mask_bits(output_mask, 2 + len(matrices))
     found = gradients(grad, x, matrices, program, wanted, create_graph=False)
     return [x.new_empty(0) if g is None else g.contiguous() for g in found]
