@@ -124,8 +124,8 @@ def test_packed_matrices_serve_their_program_alone(isa: str) -> None:
         pack_chain(arguments.matrices[::-1], arguments.program)
 
 
-# Sizes that wrap to others in 64 bits, negative ones, places that are not there, matrices of more than there is.
-HOSTILE = {
+# Sizes that wrap to others in 64 bits or are negative, places that are not there, lists that are too long.
+HOSTILE: dict[str, list[int]] = {
     "wraps to 0": [2, 2**32, 2**32, 1, 1, 0, 1, 3, 2, 0, 1],
     "wraps to 4": [2, 2**62 + 1, 4, 1, 1, 0, 1, 3, 2, 0, 1],
     "brings 0": [1, 4, 1, 1, 0, 2, 2**32, 2**32, 2, 0, 1],
