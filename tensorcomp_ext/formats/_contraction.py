@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from string import ascii_letters
 
 import torch
 from torch import Tensor
 
 from ..ops._contraction import Structure, merge_plan
+from ..ops._contraction_layout import einsum_equation
 
 Labels = tuple[int, ...]
 
@@ -75,9 +75,7 @@ def _planned(labels: tuple[Labels, ...], sizes: tuple[tuple[int, int], ...], res
         union = tuple(dict.fromkeys(a + b))
         kept = result if not held else tuple(label for label in union if label in needed)
         macs += math.prod(size[label] for label in union)
-        letters = dict(zip(union, ascii_letters, strict=False))
-        spelled = ["".join(letters[label] for label in group) for group in (a, b, kept)]
-        steps.append((places[0], places[1], f"{spelled[0]},{spelled[1]}->{spelled[2]}"))
+        steps.append((places[0], places[1], einsum_equation([a, b], kept)))
         held.append((frozenset(left + right), kept))
     return Contraction(tuple(steps), macs, None, len(result))
 

@@ -255,25 +255,35 @@ def _recipe(structure: Structure, group: Group, rows: _Layout, columns: _Layout)
         both = tuple(sorted((*first, *second)))
         outside = ends.union(*(structure.labels[c] for c in range(count) if c not in both))
         result = tuple(dict.fromkeys(label for label in (*carried[a], *carried[b]) if label in outside))
-        products.append((a, b, _equation([carried[a], carried[b]], result)))
+        products.append((a, b, einsum_equation([carried[a], carried[b]], result)))
         held[both] = len(carried)
         carried.append(result)
     wanted, made = (*rows, *columns), carried[-1]
     if products and set(wanted) == set(made):
         # The last product writes its result in order.
         a, b, _ = products[-1]
-        products[-1] = a, b, _equation([carried[a], carried[b]], wanted)
+        products[-1] = a, b, einsum_equation([carried[a], carried[b]], wanted)
         made = wanted
     in_order = wanted == tuple(label for label in made if label in wanted) and len(set(made)) == len(made)
     return Recipe(
         group,
         tuple(products),
-        "" if in_order and _numel(made, size_of) == _numel(wanted, size_of) else _equation([made], wanted),
+        ""
+        if in_order and _numel(made, size_of) == _numel(wanted, size_of)
+        else einsum_equation([made], wanted),
         (_numel(rows, size_of), _numel(columns, size_of)),
     )
 
 
-def _equation(operands: Sequence[tuple[int, ...]], result: tuple[int, ...]) -> str:
+def einsum_equation(operands: Sequence[tuple[int, ...]], result: tuple[int, ...]) -> str:
+    """The einsum of operands with these labels whose result has the labels ``result``.
+
+    Raises:
+        ValueError: more labels than einsum has letters.
+    """
+    count = len({label for operand in operands for label in operand})
+    if count > len(_LETTERS):
+        raise ValueError(f"einsum: a product must have at most {len(_LETTERS)} labels, got {count}")
     labels = {
         label: _LETTERS[i] for i, label in enumerate(dict.fromkeys(label for o in operands for label in o))
     }

@@ -20,7 +20,7 @@ from tensorcomp_ext.ops._contraction import (
     merge_plan,
     order_cost,
 )
-from tensorcomp_ext.ops._contraction_layout import chain_of
+from tensorcomp_ext.ops._contraction_layout import chain_of, einsum_equation
 from tensorcomp_ext.ops._library_chain import library_chain
 from tensorcomp_ext.ops._network_linear import matrix_structure, train_structure
 
@@ -173,3 +173,10 @@ def test_long_trailing_dims_are_multiplied_where_they_lie() -> None:
 
 def test_orders_for_people() -> None:
     assert describe(((5,), (3, 4), (0,))) == "x·G5·(G3 G4)·G0"
+
+
+def test_more_labels_than_letters_are_refused() -> None:
+    assert einsum_equation([(7, 9), (9, 4)], (4, 7)) == "ab,bc->ca"
+    many = tuple(range(53))
+    with pytest.raises(ValueError, match="einsum: a product must have at most 52 labels, got 53"):
+        einsum_equation([many], many)
