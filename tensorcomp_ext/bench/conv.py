@@ -14,7 +14,7 @@ from .conv_library import library_ways
 from .conv_problem import ConvProblem
 from .devices import Device
 from .layers import default_way, tuned_way
-from .measure import measure_candidates, outcome, slack
+from .measure import measure_ways, row_head
 from .roofline import Probe
 from .timing import Effort
 
@@ -74,26 +74,12 @@ def measure_conv(
     probe: Probe,
 ) -> dict[str, Any]:
     """One row as JSON types, with everything :func:`measure.outcome` gives."""
-    training = direction == "backward"
-    row: dict[str, Any] = {
-        "case": case.to_dict(),
-        "label": case.label(),
-        "direction": direction,
-        "threads": threads,
-        "device": device.name,
-        "macs": case.macs(),
-        "dense_macs": case.dense_macs(),
-        "large": True,
-    }
-    problem = ConvProblem(case, training=training, device=device.name)
-    with (
-        device.settings(case.dtype or "float32"),
-        torch.set_grad_enabled(training),
-        torch.inference_mode(not training),
-    ):
-        candidates = our_ways(problem) + library_ways(problem, compiled)
-        row["candidates"], timed = measure_candidates(
-            candidates, lambda c, outputs: problem.fault(outputs, slack(c)), device, effort
-        )
-    row["roofline"] = probe.roofline(case, direction, threads).to_dict()
-    return row | outcome(row, timed)
+    problem = ConvProblem(case, training=direction == "backward", device=device.name)
+    return measure_ways(
+        problem,
+        lambda: our_ways(problem) + library_ways(problem, compiled),
+        row_head(case, direction, threads, device, large=True),
+        device=device,
+        effort=effort,
+        probe=probe,
+    )

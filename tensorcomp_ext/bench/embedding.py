@@ -15,7 +15,7 @@ from .embedding_cases import EmbeddingCase
 from .embedding_library import GATHER, REBUILT, SLICES, library_ways
 from .embedding_problem import EmbeddingProblem
 from .layers import default_way, tuned_way
-from .measure import FUSED, TUNED, measure_candidates, offer, outcome, slack
+from .measure import FUSED, TUNED, as_it_runs, measure_candidates, offer, outcome, row_head, slack
 from .ours import LAYER
 from .roofline import Probe
 from .timing import Effort
@@ -89,21 +89,8 @@ def measure_embedding(
     """
     training = direction == "backward"
     problem = EmbeddingProblem(case, training=training, device=device.name)
-    row: dict[str, Any] = {
-        "case": case.to_dict(),
-        "label": case.label(),
-        "direction": direction,
-        "threads": threads,
-        "device": device.name,
-        "macs": problem.macs(),
-        "dense_macs": 0,
-        "large": True,
-    }
-    with (
-        device.settings(case.dtype or "float32"),
-        torch.set_grad_enabled(training),
-        torch.inference_mode(not training),
-    ):
+    row = row_head(case, direction, threads, device, large=True, macs=problem.macs(), dense_macs=0)
+    with as_it_runs(device, case.dtype, training):
         candidates = our_ways(problem) + library_ways(problem, compiled)
         row["candidates"], timed = measure_candidates(
             candidates, lambda c, outputs: problem.fault(outputs, slack(c)), device, effort

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .candidates import Candidate, Group
 from .cuda_timing import Prepared, first_line
 from .devices import Device
 from .problem import LIBRARY_SLACK
+from .roofline import Probe
 from .row import conclusions
 from .timing import Effort, Timing
 
@@ -111,6 +113,70 @@ def _check(candidate: Candidate, fault: Fault, device: Device) -> tuple[str | No
             # After an illegal access every later call fails too: better one error than a run of them.
             torch.cuda.synchronize()
         return first_line(error), None, False
+
+
+def row_head(
+    case: Any,
+    direction: str,
+    threads: int,
+    device: Device,
+    *,
+    large: bool,
+    macs: int | None = None,
+    dense_macs: int | None = None,
+) -> dict[str, Any]:
+    """What a row says before anything is measured, in JSON types.
+
+    Args:
+        macs, dense_macs: None: the case knows.
+    """
+    return {
+        "case": case.to_dict(),
+        "label": case.label(),
+        "direction": direction,
+        "threads": threads,
+        "device": device.name,
+        "macs": case.macs() if macs is None else macs,
+        "dense_macs": case.dense_macs() if dense_macs is None else dense_macs,
+        "large": large,
+    }
+
+
+@contextmanager
+def as_it_runs(device: Device, dtype: str | None, training: bool) -> Iterator[None]:
+    """The device's settings for a dtype, and gradients or inference mode."""
+    with (
+        device.settings(dtype or "float32"),
+        torch.set_grad_enabled(training),
+        torch.inference_mode(not training),
+    ):
+        yield
+
+
+def measure_ways(
+    problem: Any,
+    ways: Callable[[], Iterable[Candidate]],
+    head: dict[str, Any],
+    *,
+    device: Device,
+    effort: Effort,
+    probe: Probe,
+) -> dict[str, Any]:
+    """One row as JSON types, with everything :func:`outcome` gives.
+
+    Args:
+        problem: holds the case, and the answer every way is held to.
+        ways: makes the candidates, under the settings they run with.
+        head: from :func:`row_head`.
+    """
+    case, training = problem.case, problem.training
+    with as_it_runs(device, case.dtype, training):
+        records, timed = measure_candidates(
+            ways(), lambda c, outputs: problem.fault(outputs, slack(c)), device, effort
+        )
+    roof = probe.roofline(case, head["direction"], head["threads"])
+    row = head | {"candidates": records, "roofline": roof.to_dict()}
+    return row | outcome(row, timed)
 
 
 def outcome(row: dict[str, Any], timed: dict[str, Timing], wanted: str = TUNED) -> dict[str, Any]:

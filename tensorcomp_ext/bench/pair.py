@@ -15,7 +15,7 @@ from ..plan import plans_for, tune
 from .candidates import Candidate, Group, compile_call
 from .cases import DTYPES, check_keys
 from .devices import Device
-from .measure import FUSED, OP, STAGED, TUNED, measure_candidates, offer, outcome, slack
+from .measure import FUSED, OP, STAGED, TUNED, measure_ways, offer, row_head
 from .problem import distance, exceeded, step
 from .roofline import Probe
 from .timing import Effort
@@ -310,26 +310,12 @@ def measure_pair(
     probe: Probe,
 ) -> dict[str, Any]:
     """One row as JSON types, with everything :func:`measure.outcome` gives."""
-    training = direction == "backward"
-    row: dict[str, Any] = {
-        "case": case.to_dict(),
-        "label": case.label(),
-        "direction": direction,
-        "threads": threads,
-        "device": device.name,
-        "macs": case.macs(),
-        "dense_macs": case.dense_macs(),
-        "large": case.rows >= LARGE,
-    }
-    problem = PairProblem(case, training=training, device=device.name)
-    with (
-        device.settings(case.dtype or "float32"),
-        torch.set_grad_enabled(training),
-        torch.inference_mode(not training),
-    ):
-        candidates = our_ways(problem) + library_ways(problem, compiled)
-        row["candidates"], timed = measure_candidates(
-            candidates, lambda c, outputs: problem.fault(outputs, slack(c)), device, effort
-        )
-    row["roofline"] = probe.roofline(case, direction, threads).to_dict()
-    return row | outcome(row, timed)
+    problem = PairProblem(case, training=direction == "backward", device=device.name)
+    return measure_ways(
+        problem,
+        lambda: our_ways(problem) + library_ways(problem, compiled),
+        row_head(case, direction, threads, device, large=case.rows >= LARGE),
+        device=device,
+        effort=effort,
+        probe=probe,
+    )

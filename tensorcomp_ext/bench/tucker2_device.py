@@ -12,7 +12,19 @@ from ..plan import plans_for, tune
 from .candidates import Candidate, Dense, Stages, _candidate, library_candidates
 from .cases import Case
 from .devices import Device
-from .measure import FUSED, OP, PARTIAL, STAGED, TUNED, measure_candidates, offer, outcome, slack
+from .measure import (
+    FUSED,
+    OP,
+    PARTIAL,
+    STAGED,
+    TUNED,
+    as_it_runs,
+    measure_candidates,
+    offer,
+    outcome,
+    row_head,
+    slack,
+)
 from .ours import build_layer, layer_candidate
 from .problem import Problem, step
 from .roofline import Probe
@@ -72,23 +84,10 @@ def measure_device_row(
     partial plan with packed weights, the staged one, the op with plain factors, and what ``tune`` picks.
     """
     training = direction == "backward"
-    row: dict[str, Any] = {
-        "case": case.to_dict(),
-        "label": case.label(),
-        "direction": direction,
-        "threads": threads,
-        "device": device.name,
-        "macs": case.macs(),
-        "dense_macs": case.dense_macs(),
-        "large": pixels(case) >= LARGE,
-    }
+    row = row_head(case, direction, threads, device, large=pixels(case) >= LARGE)
     # Beyond the settings, under which cuDNN would measure every algorithm it has for float64 too.
     problem = Problem(case, training=training, device=device.name)
-    with (
-        device.settings(case.dtype or "float32"),
-        torch.set_grad_enabled(training),
-        torch.inference_mode(not training),
-    ):
+    with as_it_runs(device, case.dtype, training):
         candidates = our_ways(problem) + library_candidates(problem)
         if compiled != "never":
             candidates += compiled_ways(problem, compiled)
