@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._network_linear import (
-    as_op,
-    check_arguments,
-    check_core_modes,
-    check_cores,
-    check_ends,
-    check_modes,
-    run,
-    train_structure,
-)
-from ._register import define, register_autocast, register_composite
+from ._network_linear import as_op
+from ._train_linear import SCHEMA, register_train_linear, train_linear
 
 _NAME = "tt_linear"
-_LETTERS = "[r, n, r']"
 _OPS = torch.ops.tensorcomp
 
 
@@ -65,52 +54,12 @@ def tt_linear(
     """
     if backend is None and as_op(x):
         return _OPS.tt_linear.default(x, cores, bias, in_modes=in_modes, out_modes=out_modes)
-    return _run(x, cores, bias, in_modes, out_modes, backend)
-
-
-def _run(
-    x: Tensor,
-    cores: Sequence[Tensor],
-    bias: Tensor | None,
-    in_modes: Sequence[int],
-    out_modes: Sequence[int],
-    backend: str | None,
-) -> Tensor:
-    inner, outer = check_modes(in_modes, "in_modes", _NAME), check_modes(out_modes, "out_modes", _NAME)
-    check_cores(cores, _LETTERS, _NAME)
-    check_ends(cores, 1, _LETTERS, _NAME)
-    check_core_modes(cores, outer, inner, _NAME)
-    check_arguments(x, cores, bias, math.prod(inner), math.prod(outer), _NAME)
-    structure = train_structure(cores, len(outer), ring=False)
-    return run(
-        _NAME,
-        x,
-        cores,
-        bias,
-        structure,
-        backend,
-        lambda: reference.tt_linear(x, cores, bias, in_modes=inner, out_modes=outer),
-    )
+    oracle = reference.tt_linear
+    return train_linear(_NAME, oracle, False, x, cores, bias, in_modes, out_modes, backend)
 
 
 # --- registration ---
 
-SCHEMAS = {
-    _NAME: "(Tensor x, Tensor[] cores, Tensor? bias=None, *, int[] in_modes, int[] out_modes) -> Tensor",
-}
+SCHEMAS = {_NAME: SCHEMA}
 
-
-def _composite(
-    x: Tensor,
-    cores: Sequence[Tensor],
-    bias: Tensor | None = None,
-    *,
-    in_modes: Sequence[int],
-    out_modes: Sequence[int],
-) -> Tensor:
-    return _run(x, cores, bias, in_modes, out_modes, None)
-
-
-define(_NAME, SCHEMAS[_NAME])
-register_composite(_NAME, _composite)
-register_autocast(_NAME, tensors=3)
+register_train_linear(_NAME, reference.tt_linear, ring=False)
