@@ -157,9 +157,8 @@ def test_what_does_not_fit_goes_to_the_reference(emulated: Any) -> None:
     found = emulated.chain_backward(grad, problem.x, problem.matrices, problem.program.encode(), 31)
     for gradient, wanted in zip(found, oracle_gradients(problem, grad), strict=True):
         assert relative(gradient, wanted) <= 1e-4
-    packed = emulated.chain_pack(problem.matrices, problem.program.encode())
     with pytest.raises(RuntimeError, match="does not fit this device's shared memory"):
-        emulated.chain_packed(problem.x, packed, None, problem.program.encode())
+        emulated.chain_pack(problem.matrices, problem.program.encode())
 
 
 @modes
