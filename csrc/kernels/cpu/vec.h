@@ -9,6 +9,13 @@
 
 #if defined(TC_AVX512)
 
+// A pair of bfloat16 values may begin at any of them, where no float may.
+inline float word_at(const void* p) {
+  float word;
+  __builtin_memcpy(&word, p, sizeof(word));
+  return word;
+}
+
 constexpr int kUnit = 8;      // columns are handled in units of this many words
 constexpr int kMaxUnits = 4;  // widest tile, in units
 constexpr int kMaxRows = 14;  // tallest tile: 14 rows x 2 wide accumulators + operands fit 32 registers
@@ -21,7 +28,7 @@ struct Wide {
   static Wide zero() { return {_mm512_setzero_ps()}; }
   static Wide load(const void* p) { return {_mm512_loadu_ps(p)}; }
   static Wide load_first(const void* p, int lanes) { return {_mm512_maskz_loadu_ps(mask(lanes), p)}; }
-  static Wide broadcast(const void* p) { return {_mm512_set1_ps(*static_cast<const float*>(p))}; }
+  static Wide broadcast(const void* p) { return {_mm512_set1_ps(word_at(p))}; }
   void store(void* p) const { _mm512_storeu_ps(p, v); }
   void stream(void* p) const { _mm512_stream_ps(static_cast<float*>(p), v); }  // past the caches; p is aligned
   void store_first(void* p, int lanes) const { _mm512_mask_storeu_ps(p, mask(lanes), v); }
@@ -34,7 +41,7 @@ struct Half {
   static Half zero() { return {_mm256_setzero_ps()}; }
   static Half load(const void* p) { return {_mm256_loadu_ps(static_cast<const float*>(p))}; }
   static Half load_first(const void* p, int lanes) { return {_mm256_maskz_loadu_ps(mask(lanes), p)}; }
-  static Half broadcast(const void* p) { return {_mm256_set1_ps(*static_cast<const float*>(p))}; }
+  static Half broadcast(const void* p) { return {_mm256_set1_ps(word_at(p))}; }
   void store(void* p) const { _mm256_storeu_ps(static_cast<float*>(p), v); }
   void stream(void* p) const { _mm256_stream_ps(static_cast<float*>(p), v); }
   void store_first(void* p, int lanes) const { _mm256_mask_storeu_ps(p, mask(lanes), v); }

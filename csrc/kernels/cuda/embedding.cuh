@@ -85,7 +85,7 @@ class EmbeddingRow {
 
   const EmbeddingParams& p;
   const int lane;
-  int32_t digit[kMostEmbeddingCores];
+  int32_t digit[kMostEmbeddingCores] = {};
 
  private:
   template <int kRows>
