@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from .cases import LAYOUTS
 from .conv_problem import ConvProblem
 
 
-class Stages(nn.Module):
+class Stages(nn.Module, ABC):
     """Pointwise, spatial core, pointwise with the bias, as library convolutions.
 
     The kernels of the stages are made of the factors: once for inference, at every call in training.
@@ -31,13 +32,13 @@ class Stages(nn.Module):
         self.held = nn.ParameterList(nn.Parameter(w) for w in factors)
         self.bias = nn.Parameter(bias)
 
+    @abstractmethod
     def kernels(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """The kernels of the stages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, x: Tensor, first: Tensor, core: Sequence[Tensor], last: Tensor) -> Tensor:
         """The stages themselves."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         held = self.kernels(list(self.held)) if self.training_step else list(self.held)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensorcomp_ext import decompose, tune
+from tensorcomp_ext import tune
 from tensorcomp_ext.nn import FactorizedEmbedding, FactorizedEmbeddingBag, from_config
 from tensorcomp_ext.nn.embedding import embedding_modes
 from tensorcomp_ext.plan import plans_for
@@ -19,7 +19,6 @@ from tensorcomp_ext.plan import plans_for
 FORMATS = {"ttm": 5, "tr_matrix": 3}
 every_format = pytest.mark.parametrize("format", FORMATS)
 every_plan = pytest.mark.parametrize("plan", [None, "dense", "staged", "fused"])
-decomposes = pytest.mark.skipif(not hasattr(decompose, "ttm_svd"), reason="no decomposition of these formats")
 
 
 def layer(format: str = "ttm", **options: Any) -> FactorizedEmbedding:
@@ -167,7 +166,6 @@ def test_the_table_starts_with_the_variance_of_glorot() -> None:
     assert 0.7 < float(table.detach().var()) / (2 / 4060) < 1.4
 
 
-@decomposes
 @every_format
 def test_from_dense(format: str) -> None:
     dense = nn.Embedding(47, 12, padding_idx=3, dtype=torch.float64).eval().requires_grad_(False)
