@@ -3,30 +3,59 @@
 
 #include "chain.h"
 
+#include <cstring>
+#include <memory>
+
 #include "packed_header.h"
 #include "phases.h"
 
 namespace tensorcomp::ops {
 namespace {
 
-// In front of packed matrices.
+// In front of packed matrices; behind them stand the program's numbers.
 struct PackedHeader {
   static constexpr int64_t kMagic = 0x6e69616863;  // "chain"
-  int64_t magic, isa_and_dtype, numbers, bytes;
-  uint64_t program;
-  int64_t unused[3];
+  int64_t magic, isa_and_dtype, numbers, bytes, unused[4];
 };
 
-PackedHeader packed_header(const std::vector<int64_t>& numbers, DType dtype, const KernelTable& table,
-                           const ChainProgram& program) {
-  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a over the program's numbers
-  for (const int64_t number : numbers) hash = (hash ^ static_cast<uint64_t>(number)) * 0x100000001b3;
+constexpr size_t kSmallScratch = 16 * 1024;  // a call's own stack serves; an allocation costs half a microsecond
+
+constexpr const char* kMaker = "the op that packs";
+constexpr const char* kMadeForOthers = "the matrices were packed for another program, dtype or instruction set";
+// Of any program: sizes, and for each step what it contracts and brings and the order.
+constexpr int64_t kMostNumbers = 2 + kMaxChainDims + kMaxChainSteps * (3 + 4 * kMaxChainDims);
+
+size_t numbers_bytes(int64_t count) { return (static_cast<size_t>(count) * sizeof(int64_t) + 63) / 64 * 64; }
+
+// Programs that this thread read: reading one takes longer than a row's products.
+const KnownChain& known_chain(const char* name, const int64_t* numbers, int64_t count) {
+  constexpr size_t kPlaces = 64;
+  thread_local std::array<std::unique_ptr<KnownChain>, kPlaces> known;
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a over the numbers
+  for (int64_t i = 0; i < count; ++i) hash = (hash ^ static_cast<uint64_t>(numbers[i])) * 0x100000001b3;
+  std::unique_ptr<KnownChain>& place = known[(hash ^ hash >> 32) % kPlaces];
+  const KernelTable& table = kernel_table();  // tests change it
+  if (place && place->table == table.id &&
+      std::equal(numbers, numbers + count, place->numbers.begin(), place->numbers.end())) return *place;
+  auto read = std::make_unique<KnownChain>();
+  STD_TORCH_CHECK(tensorcomp::decode_chain(numbers, count, &read->program), name, ": no program, or one of more than ",
+                  kMaxChainSteps, " steps or ", kMaxChainDims,
+                  " dims, or of rows or matrices of more than 2**40 elements");
+  read->table = table.id;
+  read->numbers.assign(numbers, numbers + count);
+  for (const DType dtype : {DType::kFloat32, DType::kBfloat16}) {
+    read->bytes[static_cast<size_t>(dtype)] = table.chain(dtype).packed_bytes(read->program);
+  }
+  place = std::move(read);
+  return *place;
+}
+
+PackedHeader packed_header(const KnownChain& chain, DType dtype) {
   return {PackedHeader::kMagic,
-          table.id * 16 + static_cast<int64_t>(dtype),
-          static_cast<int64_t>(numbers.size()),
-          static_cast<int64_t>(table.chain(dtype).packed_bytes(program)),
-          hash,
-          {0, 0, 0}};
+          kernel_table().id * 16 + static_cast<int64_t>(dtype),
+          static_cast<int64_t>(chain.numbers.size()),
+          static_cast<int64_t>(chain.bytes[static_cast<size_t>(dtype)]),
+          {}};
 }
 
 }  // namespace
@@ -63,23 +92,37 @@ std::vector<const void*> checked_matrices(const char* name, const ChainProgram& 
   return at;
 }
 
-Tensor pack_chain(const char* name, const ChainProgram& program, const std::vector<int64_t>& numbers,
-                  const std::vector<Tensor>& matrices) {
+Tensor pack_chain(const char* name, const std::vector<int64_t>& numbers, const std::vector<Tensor>& matrices) {
   STD_TORCH_CHECK(!matrices.empty() && has_native_dtype(matrices[0]), name, ": matrices must be float32 or bfloat16");
+  const KnownChain& chain = known_chain(name, numbers.data(), static_cast<int64_t>(numbers.size()));
   std::vector<Tensor> held;
-  const std::vector<const void*> from = checked_matrices(name, program, matrices, &held);
+  const std::vector<const void*> from = checked_matrices(name, chain.program, matrices, &held);
   const DType dtype = kernel_dtype(matrices[0]);
-  const KernelTable& table = kernel_table();
-  const PackedHeader header = packed_header(numbers, dtype, table, program);
-  return packed_behind(header, static_cast<size_t>(header.bytes),
-                       [&](void* to) { table.chain(dtype).pack(program, from.data(), to); });
+  const PackedHeader header = packed_header(chain, dtype);
+  const size_t front = numbers_bytes(header.numbers);
+  return packed_behind(header, front + static_cast<size_t>(header.bytes), [&](void* to) {
+    std::memcpy(to, numbers.data(), numbers.size() * sizeof(int64_t));
+    kernel_table().chain(dtype).pack(chain.program, from.data(), static_cast<char*>(to) + front);
+  });
 }
 
-const void* checked_packed(const char* name, const ChainProgram& program, const std::vector<int64_t>& numbers,
-                           DType dtype, const Tensor& packed) {
-  const PackedHeader expected = packed_header(numbers, dtype, kernel_table(), program);
-  return behind_header(name, packed, expected, static_cast<size_t>(expected.bytes), "the op that packs",
-                       "the matrices were packed for another program, dtype or instruction set");
+PackedChain checked_packed(const char* name, const std::vector<int64_t>& numbers, DType dtype, const Tensor& packed) {
+  const char* from = static_cast<const char*>(front_of(name, packed, sizeof(PackedHeader), kMaker));
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(from) % alignof(PackedHeader) == 0, name, ": packed must come from ", kMaker);
+  // What the header tells is believed only as far as it leads nowhere out of the tensor.
+  const PackedHeader& header = *reinterpret_cast<const PackedHeader*>(from);
+  const size_t room = static_cast<size_t>(packed.numel()) - sizeof(PackedHeader);
+  const bool sound = header.magic == PackedHeader::kMagic && header.numbers > 0 && header.numbers <= kMostNumbers;
+  STD_TORCH_CHECK(sound, name, ": ", kMadeForOthers);
+  const size_t front = numbers_bytes(header.numbers);
+  STD_TORCH_CHECK(front <= room, name, ": packed is truncated");
+  const int64_t* stored = reinterpret_cast<const int64_t*>(from + sizeof(PackedHeader));
+  STD_TORCH_CHECK(numbers.empty() || std::equal(numbers.begin(), numbers.end(), stored, stored + header.numbers), name,
+                  ": ", kMadeForOthers);
+  const KnownChain& chain = known_chain(name, stored, header.numbers);
+  const void* matrices = behind_header(name, packed, packed_header(chain, dtype),
+                                       front + chain.bytes[static_cast<size_t>(dtype)], kMaker, kMadeForOthers);
+  return {&chain, static_cast<const char*>(matrices) + front};
 }
 
 Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tensor& x, const void* packed,
@@ -120,8 +163,10 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
   const ChainKernels& kernels = kernel_table().chain(p.dtype);
   const ChainPlan plan = kernels.plan(p, useful_threads(p.rows, program.macs));
   const size_t packed_bytes = packed ? 0 : (kernels.packed_bytes(program) + 63) / 64 * 64;
-  Tensor scratch = empty_bytes(plan.scratch_bytes + packed_bytes);
-  char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+  alignas(64) char small[kSmallScratch];
+  std::optional<Tensor> scratch;
+  if (plan.scratch_bytes + packed_bytes > kSmallScratch) scratch = empty_bytes(plan.scratch_bytes + packed_bytes);
+  char* memory = scratch ? static_cast<char*>(scratch->mutable_data_ptr()) : small;
   if (!packed) kernels.pack(program, matrices, memory);
   p.packed = packed ? packed : memory;
   p.scratch = memory + packed_bytes;
@@ -154,24 +199,16 @@ Tensor chain(const Tensor& x, std::vector<Tensor> matrices, std::optional<Tensor
   return run_chain({"chain", bias}, program, x, nullptr, at.data());
 }
 
-ChainProgram decoded(const char* name, const std::vector<int64_t>& numbers) {
-  ChainProgram program;
-  STD_TORCH_CHECK(decode_chain(numbers, &program), name, ": no program, or one of more than ", kMaxChainSteps,
-                  " steps or ", kMaxChainDims, " dims, or of rows or matrices of more than 2**40 elements");
-  return program;
-}
-
 Tensor chain_pack(std::vector<Tensor> matrices, std::vector<int64_t> numbers) {
-  return pack_chain("chain_pack", decoded("chain_pack", numbers), numbers, matrices);
+  return pack_chain("chain_pack", numbers, matrices);
 }
 
 Tensor chain_packed(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::vector<int64_t> numbers,
                     std::optional<Tensor> residual, bool relu, bool /*allow_tf32*/) {
   constexpr const char* kName = "chain_packed";
   STD_TORCH_CHECK(x.is_cpu() && has_native_dtype(x), "chain_packed: x must be float32 or bfloat16 on the CPU");
-  const ChainProgram program = decoded(kName, numbers);
-  const void* matrices = checked_packed(kName, program, numbers, kernel_dtype(x), packed);
-  return run_chain({kName, bias, residual, relu}, program, x, matrices, nullptr);
+  const PackedChain made = checked_packed(kName, numbers, kernel_dtype(x), packed);
+  return run_chain({kName, bias, residual, relu}, made.chain->program, x, made.matrices, nullptr);
 }
 
 }  // namespace

@@ -44,13 +44,25 @@ bool rows_of(const Tensor& t, int64_t* rows, int64_t* distance);
 std::vector<const void*> checked_matrices(const char* name, const ChainProgram& program,
                                           const std::vector<Tensor>& matrices, std::vector<Tensor>* held);
 
-// The matrices as the kernels in use read them, behind a header that tells what for.
-Tensor pack_chain(const char* name, const ChainProgram& program, const std::vector<int64_t>& numbers,
-                  const std::vector<Tensor>& matrices);
+// The matrices as the kernels in use read them, behind a header and the program that tell what for.
+Tensor pack_chain(const char* name, const std::vector<int64_t>& numbers, const std::vector<Tensor>& matrices);
 
-// Packed matrices without their header; raises unless they are of this program and made for the kernels in use.
-const void* checked_packed(const char* name, const ChainProgram& program, const std::vector<int64_t>& numbers,
-                           DType dtype, const Tensor& packed);
+// A program that was read before; `bytes` its packed matrices take in either dtype with the kernels of `table`.
+struct KnownChain {
+  int64_t table;
+  std::vector<int64_t> numbers;
+  ChainProgram program;
+  std::array<size_t, 2> bytes;
+};
+
+// What lies in a packed tensor: the program it was packed for, and its matrices.
+struct PackedChain {
+  const KnownChain* chain;  // valid in this thread until it reads other programs
+  const void* matrices;
+};
+
+// Raises unless the matrices are of this program and made for the kernels in use. Without numbers: of any program.
+PackedChain checked_packed(const char* name, const std::vector<int64_t>& numbers, DType dtype, const Tensor& packed);
 
 // y, from packed matrices or, where `packed` is null, from others that are packed for this call.
 Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tensor& x, const void* packed,

@@ -20,15 +20,20 @@ Tensor packed_behind(const Header& header, size_t bytes, const Pack& pack) {
   return packed;
 }
 
+// The tensor's memory, which holds a header at least.
+inline const void* front_of(const char* op, const Tensor& packed, size_t header, const std::string& maker) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                      packed.numel() >= static_cast<int64_t>(header),
+                  op, ": packed must come from ", maker);
+  return packed.const_data_ptr();
+}
+
 // What lies behind the header; raises unless that is `expected` with so many bytes. `maker` packs, `made_for` says what
 // the header tells.
 template <class Header>
 const void* behind_header(const char* op, const Tensor& packed, const Header& expected, size_t bytes,
                           const std::string& maker, const char* made_for) {
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      packed.numel() >= static_cast<int64_t>(sizeof(Header)),
-                  op, ": packed must come from ", maker);
-  const char* from = static_cast<const char*>(packed.const_data_ptr());
+  const char* from = static_cast<const char*>(front_of(op, packed, sizeof(Header), maker));
   STD_TORCH_CHECK(std::equal(from, from + sizeof(Header), reinterpret_cast<const char*>(&expected)), op, ": ", made_for,
                   ": pack them again");
   STD_TORCH_CHECK(packed.numel() == static_cast<int64_t>(sizeof(Header) + bytes), op, ": packed is truncated");

@@ -41,10 +41,7 @@ Tensor two_factor_linear(const Tensor& x, const Tensor& a, const Tensor& b, std:
 Tensor two_factor_linear_pack(const Tensor& a, const Tensor& b) {
   constexpr const char* kName = "two_factor_linear_pack";
   check_factors(kName, a, b);
-  const std::vector<int64_t> numbers = pair_numbers(b.size(1), a.size(1), a.size(0));
-  ChainProgram program;
-  STD_TORCH_CHECK(decode_chain(numbers, &program), kName, ": factors without features have no packed form");
-  return pack_chain(kName, program, numbers, {b, a});
+  return pack_chain(kName, pair_numbers(b.size(1), a.size(1), a.size(0)), {b, a});
 }
 
 // sizes: out, rank, in and, for other devices, allow_tf32
@@ -53,11 +50,8 @@ Tensor two_factor_linear_packed(const Tensor& x, const Tensor& packed, std::opti
   constexpr const char* kName = "two_factor_linear_packed";
   STD_TORCH_CHECK(sizes.size() == 3 || sizes.size() == 4, kName, ": sizes must hold 3 or 4 ints, got ", sizes.size());
   STD_TORCH_CHECK(x.is_cpu() && has_native_dtype(x), kName, ": x must be float32 or bfloat16 on the CPU");
-  const std::vector<int64_t> numbers = pair_numbers(sizes[2], sizes[1], sizes[0]);
-  ChainProgram program;
-  STD_TORCH_CHECK(decode_chain(numbers, &program), kName, ": sizes must be >= 1");
-  const void* matrices = checked_packed(kName, program, numbers, kernel_dtype(x), packed);
-  return run_chain({kName, bias}, program, x, matrices, nullptr);
+  const PackedChain made = checked_packed(kName, pair_numbers(sizes[2], sizes[1], sizes[0]), kernel_dtype(x), packed);
+  return run_chain({kName, bias}, made.chain->program, x, made.matrices, nullptr);
 }
 
 }  // namespace

@@ -239,14 +239,16 @@ def bind_packed_chain(
     """
     op: Callable[..., Tensor] = _OPS.chain_packed.default
     below_autograd = torch._C._AutoDispatchBelowAutograd
-    numbers = list(program_numbers(program))
     if not packed.is_cuda:
+        as_packed: list[int] = []  # each number costs a call as much as a product of 16 by 16
 
         def call(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
             with below_autograd():
-                return op(x, packed, bias, numbers, residual, relu)
+                return op(x, packed, bias, as_packed, residual, relu)
 
         return call
+
+    numbers = list(program_numbers(program))
 
     def call_cuda(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         with below_autograd():
