@@ -7,6 +7,8 @@ work in any floating dtype (float64 included) on any device, and are differentia
 from .bottleneck_conv import bottleneck_conv2d
 from .chain import chain
 from .cp_conv import cp_conv2d
+from .lowrank_sparse_linear import lowrank_sparse_linear
+from .lowrank_sparse_weight import lowrank_sparse_weight
 from .tr_conv import tr_conv2d
 from .tr_linear import tr_linear
 from .tt_linear import tt_linear
@@ -19,6 +21,8 @@ __all__ = [
     "bottleneck_conv2d",
     "chain",
     "cp_conv2d",
+    "lowrank_sparse_linear",
+    "lowrank_sparse_weight",
     "tr_conv2d",
     "tr_linear",
     "tt_linear",
