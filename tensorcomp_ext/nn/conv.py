@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..ops._transforms import transformed
 from ..plan import ConvGeometry
 from ..plan.case import autocast_dtype
+from ..plan.memory_format import applies_channels_last, as_channels_last
 from .base import FactorizedLayer, decomposed, dtype_from_name, dtype_name, register_layer, structure_of
 from .sequential import convolutions
+
+_is_compiling = torch.compiler.is_compiling
 
 Sizes = int | Sequence[int]
 
@@ -126,6 +130,7 @@ class _FactorizedConv(FactorizedLayer):
             **made.structure,
         )
         layer._take_dense(conv, made)
+        layer.channels_last = applies_channels_last(c.weight)
         return layer
 
     @property
@@ -145,11 +150,20 @@ class _FactorizedConv(FactorizedLayer):
             )
 
     def as_batch(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(0) if x.dim() == self.spatial + 1 else x
+        if x.dim() == self.spatial + 1:
+            x = x.unsqueeze(0)
+        fits = self.channels_last and x.dim() == self.spatial + 2
+        if fits and (_is_compiling() or not transformed()):  # whose tensors have no formats
+            x = as_channels_last(x)
+        return x
 
     def to_dense(self) -> nn.Module:
         weight = self.weight.to_dense()
-        return self._fill(self._torch_conv(weight, range(self.spatial), 1, self.bias is not None), weight)
+        made = self._fill(self._torch_conv(weight, range(self.spatial), 1, self.bias is not None), weight)
+        kept: Any = made.weight
+        if self.channels_last:
+            made.weight = nn.Parameter(as_channels_last(kept.data), kept.requires_grad)
+        return made
 
     def to_sequential(self) -> nn.Sequential:
         """Standard convolutions, exact: three for Tucker-2, Tucker and TT, each with this layer's bias last.

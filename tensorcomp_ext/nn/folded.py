@@ -45,7 +45,8 @@ class FoldedLayer(FactorizedLayer):
             return self._finished(self._traced(x), residual)
         batched = self.as_batch(x)
         if batched is not x:
-            return self.forward(batched, None if residual is None else self.as_batch(residual)).squeeze(0)
+            y = self.forward(batched, None if residual is None else self.as_batch(residual))
+            return y if batched.dim() == x.dim() else y.squeeze(0)
         key = _kind(x)
         needs = self._needs_gradients(x) or (
             residual is not None and residual.requires_grad and torch.is_grad_enabled()
@@ -59,8 +60,8 @@ class FoldedLayer(FactorizedLayer):
             self.check_input(x)
             bound = self.executor(self._choose(x, (*key, False)), x)
             prepared.keep(key, bound)
-        y: Tensor = bound(x, self.bias, residual)
-        return y
+        result: Tensor = bound(x, self.bias, residual)
+        return result
 
     def _finished(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:

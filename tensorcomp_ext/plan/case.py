@@ -6,17 +6,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 _TF32 = "+tf32"
-
-
-def memory_layout(x: Tensor) -> str:
-    """ "contiguous", "channels_last" or "strided"."""
-    if x.is_contiguous():
-        return "contiguous"
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return "channels_last" if last is not None and x.is_contiguous(memory_format=last) else "strided"
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -1,15 +1,13 @@
-"""Stages over channels-last images on CUDA without copies from one layout to the other."""
+"""Channels-last images without copies from one layout to the other."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .case import Case
+from .memory_format import CHANNELS_LAST, as_channels_last
 from .precision import tf32_state
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def takes_products(case: Case) -> bool:
@@ -30,15 +28,15 @@ def channels_product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> T
 
 
 def weight_layout(case: Case) -> str:
-    """The layout that spares CUDA a copy of the weight at each call: "channels_last" for such images.
+    """The layout that spares the library a copy of the weight at each call: "channels_last" for such images.
 
     "contiguous" for all else.
     """
-    return "channels_last" if case.device == "cuda" and case.layout == "channels_last" else "contiguous"
+    return "channels_last" if case.layout == "channels_last" else "contiguous"
 
 
 def laid_out(weight: Tensor, layout: str) -> Tensor:
     """A contiguous convolution weight in the layout of :func:`weight_layout`; a matrix stays as it is."""
-    if layout == "channels_last" and weight.dim() in _FORMATS:
-        return weight.contiguous(memory_format=_FORMATS[weight.dim()])
+    if layout == "channels_last" and weight.dim() in CHANNELS_LAST:
+        return as_channels_last(weight)
     return weight

@@ -13,8 +13,9 @@ from torch.overrides import is_tensor_like
 from ..formats import Format
 from ..ops._transforms import transformed
 from .base import Plan, get_plan, plans_for
-from .case import Case, autocast_dtype, memory_layout
+from .case import Case, autocast_dtype
 from .geometry import Bound, Geometry
+from .memory_format import CHANNELS_LAST, memory_layout
 from .precision import autocast_off, tf32_state
 from .state import Prepared
 from .training import Trained
@@ -71,6 +72,9 @@ class PlannedLayer(nn.Module, ABC):
         super().__init__()
         self._forced: str | None = None
         self._prefer = "latency"
+        self.channels_last = False
+        """Whether a convolution answers in channels-last whatever its input, as torch.nn's do after
+        ``.to(memory_format=torch.channels_last)``."""
         self.tuned: dict[str, dict[str, Any]] = {}
         """Measured choices: ``{str(case): {"plan": name, "seconds": {name: median}}}``, in JSON types."""
         self._forget()
@@ -136,11 +140,7 @@ class PlannedLayer(nn.Module, ABC):
                     return trained.call(self, x)
             elif (prepared := self._prepared) is not None:
                 bound = prepared.bound.get(_kind(x))
-                if (
-                    bound is not None
-                    and "bias" in self._parameters
-                    and prepared.fresh(self._modules["weight"]._parameters)  # type: ignore[union-attr]
-                ):
+                if bound is not None and "bias" in self._parameters and prepared.fresh():
                     return bound(x, self._parameters["bias"])
         return self._dispatch(x)
 
@@ -152,7 +152,8 @@ class PlannedLayer(nn.Module, ABC):
             return self._traced(x)
         batched = self.as_batch(x)
         if batched is not x:
-            return self.forward(batched).squeeze(0)
+            y = self.forward(batched)
+            return y if batched.dim() == x.dim() else y.squeeze(0)
         self.check_input(x)
         key = _kind(x)
         if self._needs_gradients(x):
@@ -174,7 +175,7 @@ class PlannedLayer(nn.Module, ABC):
         batched = self.as_batch(x)
         plan = get_plan(self._traced_plans[int(_is_grad_enabled())])
         y = plan.run(self, batched)
-        return y if batched is x else y.squeeze(0)
+        return y if batched is x or batched.dim() == x.dim() else y.squeeze(0)
 
     def _keep_trained(self, key: tuple[Any, ...], plan: Plan, x: Tensor) -> None:
         """Bind the training call that just went through, where every parameter is a plain one."""
@@ -252,7 +253,7 @@ class PlannedLayer(nn.Module, ABC):
         """Raise ``ValueError`` or ``TypeError`` naming what was expected of ``x``."""
 
     def as_batch(self, x: Tensor) -> Tensor:
-        """``x`` with a batch dimension."""
+        """``x`` with a batch dimension, in the memory format of the layer."""
         return x
 
     # --- state ---------------------------------------------------------------------------------------------
@@ -266,16 +267,15 @@ class PlannedLayer(nn.Module, ABC):
         """The prepared state of the factors as they are now; None where a change could not be noticed."""
         weight = self.weight
         state = self._prepared
-        if state is not None and state.fresh(weight._parameters):
+        if state is not None and state.fresh():
             return state
         self._prepared, self._chosen = None, {}
-        factors = {name: weight._parameters.get(name) for name in weight.factor_names}
-        plain = {n: f for n, f in factors.items() if type(f) in _PLAIN and not f.is_inference()}  # type: ignore[union-attr]
-        if len(plain) < len(factors):
-            return (
-                None  # parametrized or pruned factors are computed anew; inference tensors count no versions
-            )
-        self._prepared = state = Prepared(plain)  # type: ignore[arg-type]
+        table: Any = weight._parameters
+        plain = [name for name, f in table.items() if type(f) in _PLAIN and not f.is_inference()]
+        if set(plain) != set(weight.factor_names) or len(plain) < len(table):
+            # Parametrized or pruned factors are computed anew; inference tensors count no versions.
+            return None
+        self._prepared = state = Prepared(table)
         return state
 
     def _forget(self) -> None:
@@ -297,8 +297,25 @@ class PlannedLayer(nn.Module, ABC):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PlannedLayer:
         super()._apply(fn, recurse)
+        self.channels_last = self._converted(fn)
         self._forget()
         return self
+
+    def _converted(self, fn: Callable[..., Any]) -> bool:
+        """Whether the layer is channels-last after ``fn``, as ``.to(memory_format=…)`` applies to parameters.
+
+        The factors have no such format; a tensor of the dense weight's dimensions shows what becomes of it.
+        """
+        last = CHANNELS_LAST.get(self.geometry.spatial + 2) if self.geometry.spatial else None
+        if last is None:
+            return False
+        shape = (2,) * (self.geometry.spatial + 2)
+        factor = self.weight.factors[0]
+        probe = torch.empty(shape, dtype=factor.dtype, device=factor.device)
+        if self.channels_last:
+            probe = probe.contiguous(memory_format=last)
+        probe = fn(probe)
+        return isinstance(probe, Tensor) and probe.is_contiguous(memory_format=last)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .geometry import Bound
 from .precision import autocast_off
 
 _BOUND_LIMIT = 256
+_version, _pointer = attrgetter("_version"), Tensor.data_ptr
 _fused_steps = [0]
 
 
@@ -37,37 +39,49 @@ def capturing(device: torch.device) -> bool:
 class Prepared:
     """Prepared weights and bound calls for one state of a layer's factors.
 
-    A state is told by each factor's identity, version counter and data pointer, and by the count of fused
-    optimizer steps. The pointers cannot be reused by other memory while the state lives, because ``aliases``
-    keeps the storages. Writes through ``Tensor.data`` move no version counter and stay unseen until
-    ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
+    A state is told by each factor's identity and version counter, the sum of their data pointers, and the
+    count of fused optimizer steps. The pointers cannot be reused by other memory while the state lives,
+    because ``aliases`` keeps the storages. Writes through ``Tensor.data`` move no version counter and stay
+    unseen until ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
 
     While a CUDA graph is captured nothing is kept: weights made there lie in the graph's own memory and have
     no values before its first replay.
     """
 
-    __slots__ = ("aliases", "bound", "device", "fused_steps", "snapshot", "weights")
+    __slots__ = (
+        "aliases",
+        "bound",
+        "device",
+        "factors",
+        "fused_steps",
+        "parameters",
+        "pointers",
+        "versions",
+        "weights",
+    )
 
-    def __init__(self, factors: Mapping[str, Tensor]) -> None:
-        self.snapshot = tuple((n, f, f._version, f.data_ptr()) for n, f in factors.items())
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        """``parameters`` is the weight's own table, looked up again whenever :meth:`fresh` is asked."""
+        self.parameters, self.factors = parameters, list(parameters.values())
+        self.versions, self.pointers = [*map(_version, self.factors)], sum(map(_pointer, self.factors))
         self.fused_steps = _fused_steps[0]
-        self.aliases = tuple(f.detach() for f in factors.values())
-        self.device = next((f.device for f in factors.values()), torch.device("cpu"))
+        self.aliases = tuple(f.detach() for f in self.factors)
+        self.device = next((f.device for f in self.factors), torch.device("cpu"))
         self.bound: dict[tuple[Any, ...], Bound] = {}
         self.weights: dict[tuple[str, torch.dtype], tuple[Tensor, ...]] = {}
 
-    def fresh(self, parameters: Mapping[str, Tensor | None]) -> bool:
-        """Whether the factors among ``parameters`` are still those this state was made from."""
-        if self.fused_steps != _fused_steps[0]:
-            return False
-        for name, factor, version, pointer in self.snapshot:
-            if (
-                parameters.get(name) is not factor
-                or factor._version != version
-                or factor.data_ptr() != pointer
-            ):
-                return False
-        return True
+    def fresh(self) -> bool:
+        """Whether the factors are still those this state was made from."""
+        # Every call pays for this, in a network with nothing of it in a cache: loops inside the
+        # interpreter's own functions, and no object touched that need not be.
+        parameters, factors = self.parameters, self.factors
+        return (
+            self.fused_steps == _fused_steps[0]
+            and len(parameters) == len(factors)
+            and all(map(is_, parameters.values(), factors))
+            and [*map(_version, factors)] == self.versions
+            and sum(map(_pointer, factors)) == self.pointers
+        )
 
     def keep(self, key: tuple[Any, ...], bound: Bound) -> None:
         """Remember a bound call; shapes that never come back must not grow the table for ever."""

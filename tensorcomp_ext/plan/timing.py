@@ -25,14 +25,14 @@ def time_interleaved(
     """Time several calls turn by turn (A B C A B C), so that a change of the machine's state hits all alike.
 
     A call more than five times slower than the fastest after the warm-up gets few rounds. On CUDA the calls
-    are timed by events on the current stream, each with a cold second-level cache.
+    are timed by events on the current stream. Each sample begins with cold second-level caches.
 
     Args:
         seconds: time to spend on each.
         device: the device the calls work on.
         clock: what takes the seconds; None: the clock of ``device``.
     """
-    taker = clock_for(device) if clock is None else clock
+    taker = clock_for(device, cold=True) if clock is None else clock
     first = {}
     for name, call in calls.items():
         taker.sample(call)

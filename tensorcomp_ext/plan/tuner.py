@@ -73,7 +73,8 @@ def tune(
     what it replaced. Layers of equal geometry and rank share one
     measurement. An interrupt (Ctrl-C) keeps the choices made so far.
 
-    On CUDA, calls are timed by events on the current stream, with a cold second-level cache. The time to
+    Calls are timed with cold second-level caches, as between the other layers of a network. On CUDA they are
+    timed by events on the current stream. The time to
     launch a call counts where it is longer than the device's work, as in a network whose layers are called
     one by one; a network served under CUDA graphs launches nothing, and ``cuda_graphs`` tunes for that.
     There, a plan of the package's own kernels takes part only if its results are the library's.

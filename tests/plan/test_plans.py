@@ -11,7 +11,7 @@ import torch
 from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv2d, FactorizedLinear
 from tensorcomp_ext.ops import Support
 from tensorcomp_ext.plan import Case, Fused, cache, cost, get_plan, plans_for, rates, register_plan
-from tensorcomp_ext.plan.case import memory_layout
+from tensorcomp_ext.plan.memory_format import memory_layout
 
 
 def fixed_rates(fused: float = 2e10) -> rates.Rates:
