@@ -15,6 +15,11 @@ from typing_extensions import Self
 from .forms import Form
 
 Rank = int | tuple[int, ...]
+Table = tuple[dict[str, Tensor | None], tuple[str, ...]]
+"""Parameters or buffers of a module, and the names that it has among them as it was made."""
+
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors that are what they seem: neither subclasses nor computed from others."""
 
 _FORMATS: dict[str, type[Format]] = {}
 
@@ -95,6 +100,11 @@ class Format(nn.Module, ABC):
     def factors(self) -> tuple[Tensor, ...]:
         """The factors in the order of ``factor_names``."""
         return tuple(getattr(self, name) for name in self.factor_names)
+
+    def tables(self) -> tuple[Table, ...]:
+        """Where the tensors lie that the weight is made of: its factors, and buffers where it has some."""
+        parameters: Any = self._parameters
+        return ((parameters, self.factor_names),)
 
     @property
     def numel(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import is_tensor_like
 
 from ..formats import Format
+from ..formats.base import PLAIN as _PLAIN
 from ..ops._transforms import transformed
 from .base import Plan, get_plan, plans_for
 from .case import Case, autocast_dtype
@@ -29,7 +30,6 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 _get_autocast_dtype = torch.get_autocast_dtype
 _get_num_threads = torch.get_num_threads
-_PLAIN = (Tensor, nn.Parameter)
 _TRAINED_LIMIT = 256
 
 
@@ -179,10 +179,8 @@ class PlannedLayer(nn.Module, ABC):
 
     def _keep_trained(self, key: tuple[Any, ...], plan: Plan, x: Tensor) -> None:
         """Bind the training call that just went through, where every parameter is a plain one."""
-        factors = self.weight._parameters
-        if "bias" not in self._parameters or any(
-            type(factors.get(name)) not in _PLAIN for name in self.weight.factor_names
-        ):
+        tensors = (table.get(name) for table, names in self.weight.tables() for name in names)
+        if "bias" not in self._parameters or any(type(t) not in _PLAIN for t in tensors):
             return
         if len(self._trained) >= _TRAINED_LIMIT:
             self._trained.clear()
@@ -265,18 +263,11 @@ class PlannedLayer(nn.Module, ABC):
 
     def _renewed(self) -> Prepared | None:
         """The prepared state of the factors as they are now; None where a change could not be noticed."""
-        weight = self.weight
         state = self._prepared
         if state is not None and state.fresh():
             return state
-        self._prepared, self._chosen = None, {}
-        table: Any = weight._parameters
-        plain = [name for name, f in table.items() if type(f) in _PLAIN and not f.is_inference()]
-        if set(plain) != set(weight.factor_names) or len(plain) < len(table):
-            # Parametrized or pruned factors are computed anew; inference tensors count no versions.
-            return None
-        self._prepared = state = Prepared(table)
-        return state
+        self._prepared, self._chosen = Prepared.of(self.weight), {}
+        return self._prepared
 
     def _forget(self) -> None:
         """Drop everything derived from factors, tuned choices and settings."""

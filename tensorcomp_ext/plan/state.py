@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..formats import Format
+from ..formats.base import PLAIN
 from .geometry import Bound
 from .precision import autocast_off
 
@@ -37,10 +40,10 @@ def capturing(device: torch.device) -> bool:
 
 
 class Prepared:
-    """Prepared weights and bound calls for one state of a layer's factors.
+    """Prepared weights and bound calls for one state of a weight.
 
-    A state is told by each factor's identity and version counter, the sum of their data pointers, and the
-    count of fused optimizer steps. The pointers cannot be reused by other memory while the state lives,
+    A state is told by the identity and version counter of each tensor the weight is made of, the sum of their
+    data pointers, and the count of fused optimizer steps. The pointers cannot be reused by other memory while the state lives,
     because ``aliases`` keeps the storages. Writes through ``Tensor.data`` move no version counter and stay
     unseen until ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
 
@@ -54,15 +57,17 @@ class Prepared:
         "device",
         "factors",
         "fused_steps",
+        "others",
         "parameters",
         "pointers",
         "versions",
         "weights",
     )
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        """``parameters`` is the weight's own table, looked up again whenever :meth:`fresh` is asked."""
-        self.parameters, self.factors = parameters, list(parameters.values())
+    def __init__(self, weight: Format) -> None:
+        """The tables of ``weight`` are looked up again whenever :meth:`fresh` is asked."""
+        self.parameters, *self.others = [table for table, _ in weight.tables()]
+        self.factors: list[Any] = [*self.parameters.values(), *_all(self.others)]
         self.versions, self.pointers = [*map(_version, self.factors)], sum(map(_pointer, self.factors))
         self.fused_steps = _fused_steps[0]
         self.aliases = tuple(f.detach() for f in self.factors)
@@ -70,15 +75,30 @@ class Prepared:
         self.bound: dict[tuple[Any, ...], Bound] = {}
         self.weights: dict[tuple[str, torch.dtype], tuple[Tensor, ...]] = {}
 
+    @classmethod
+    def of(cls, weight: Format) -> Prepared | None:
+        """The state of ``weight`` as it is now; None where a change could not be noticed.
+
+        Parametrized and pruned tensors are computed anew at every call; inference tensors count no versions.
+        """
+        for table, names in weight.tables():
+            plain = {n for n, t in table.items() if type(t) in PLAIN and not t.is_inference()}  # type: ignore[union-attr]
+            if plain != set(names) or len(plain) < len(table):
+                return None
+        return cls(weight)
+
     def fresh(self) -> bool:
         """Whether the factors are still those this state was made from."""
         # Every call pays for this, in a network with nothing of it in a cache: loops inside the
         # interpreter's own functions, and no object touched that need not be.
-        parameters, factors = self.parameters, self.factors
+        factors = self.factors
+        held: Any = self.parameters.values()
+        if self.others:
+            held = [*held, *_all(self.others)]
         return (
             self.fused_steps == _fused_steps[0]
-            and len(parameters) == len(factors)
-            and all(map(is_, parameters.values(), factors))
+            and len(held) == len(factors)
+            and all(map(is_, held, factors))
             and [*map(_version, factors)] == self.versions
             and sum(map(_pointer, factors)) == self.pointers
         )
@@ -103,3 +123,7 @@ class Prepared:
             if not capturing(self.device):
                 self.weights[plan, dtype] = found
         return found
+
+
+def _all(tables: list[dict[str, Tensor | None]]) -> chain[Tensor | None]:
+    return chain.from_iterable(table.values() for table in tables)

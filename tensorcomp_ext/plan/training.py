@@ -18,28 +18,28 @@ _form = attrgetter("shape", "dtype", "device")
 
 
 class Trained:
-    """A training call, and what the factors and the bias looked like when a checked call went through.
+    """A training call, and what the weight and the bias looked like when a checked call went through.
 
     Values are none of its business: it holds no tensor.
     """
 
-    __slots__ = ("call", "forms")
+    __slots__ = ("call", "forms", "tables", "weight")
 
     def __init__(self, call: TrainingCall, layer: PlannedLayer) -> None:
         self.call = call
-        tensors = (*layer.weight._parameters.values(), layer._parameters["bias"])
+        self.weight, self.tables = layer.weight, [table for table, _ in layer.weight.tables()]
+        tensors = [*(t for table in self.tables for t in table.values()), layer._parameters["bias"]]
         self.forms = [_form(t) for t in tensors if t is not None]
 
     def fits(self, layer: PlannedLayer, x: Tensor) -> bool:
-        """Whether a call with ``x`` asks for gradients and meets factors and a bias of the same form.
+        """Whether a call with ``x`` asks for gradients and meets a weight and a bias of the same form.
 
-        Parametrized and pruned ones have left ``_parameters``, so that they never fit.
+        Parametrized and pruned factors have left their tables, so that they never fit.
         """
-        factors = layer._modules["weight"]._parameters.values()  # type: ignore[union-attr]
-        tensors = [factor for factor in factors if factor is not None]
         parameters = layer._parameters
-        if "bias" not in parameters:
+        if "bias" not in parameters or layer._modules["weight"] is not self.weight:
             return False
+        tensors = [t for table in self.tables for t in table.values() if t is not None]
         if (bias := parameters["bias"]) is not None:
             tensors.append(bias)
         if not x.requires_grad:
