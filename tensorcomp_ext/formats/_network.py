@@ -115,6 +115,16 @@ class NetworkFormat(Format):
         """The factors of a weight folded to ``(*out_modes, *in_modes, *kernel)``."""
 
     @classmethod
+    def decompose_observed(
+        cls, tensor: Tensor, observed: Tensor, folding: Folding, ranks: tuple[int, ...], **search: Any
+    ) -> Sequence[Tensor]:
+        """The factors of a folded weight of which the entries count where ``observed`` is True.
+
+        ``search``: iterations and tolerance, as :func:`...decompose.masked_fit` takes them.
+        """
+        raise ValueError(f"{cls.name}: there is no fit of the observed entries in this format")
+
+    @classmethod
     def from_dense(cls, weight: Tensor, rank: Rank, **options: Any) -> Self:
         """Decompose a weight; see the class for the options.
 
@@ -126,6 +136,25 @@ class NetworkFormat(Format):
         ranks = cls._ranks(folding, rank)
         weight = weight.detach()
         return cls(cls.decompose(folding.tensor(weight), folding, ranks, **method), weight.shape, **options)
+
+    @classmethod
+    def from_observed(
+        cls,
+        weight: Tensor,
+        observed: Tensor,
+        rank: Rank,
+        *,
+        iterations: int = 1500,
+        tol: float = 1e-7,
+        **options: Any,
+    ) -> Self:
+        folding = cls.fold(weight.shape, **options)
+        if observed.shape != weight.shape:
+            raise ValueError(f"{cls.name}: observed must be {list(weight.shape)}, got {list(observed.shape)}")
+        tensor, seen = folding.tensor(weight.detach()), folding.tensor(observed)
+        ranks = cls._ranks(folding, rank)
+        found = cls.decompose_observed(tensor, seen, folding, ranks, iterations=iterations, tol=tol)
+        return cls(found, weight.shape, **options)
 
     @classmethod
     def _of(cls, factors: Sequence[Tensor], shape: Sequence[int], structure: Mapping[str, Any]) -> Self:

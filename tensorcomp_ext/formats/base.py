@@ -96,6 +96,24 @@ class Format(nn.Module, ABC):
             TypeError: an unknown option.
         """
 
+    @classmethod
+    def from_observed(cls, weight: Tensor, observed: Tensor, rank: Rank, **options: Any) -> Self:
+        """Decompose a weight of which only the entries where ``observed`` is True count.
+
+        Minimises ``|| W * (A - L) ||`` over the L of this rank, W being 1 where observed; see
+        :func:`..decompose.masked_fit`.
+
+        Args:
+            observed: bool, of the shape of ``weight``.
+            options: the format's structure, and ``iterations`` and ``tol`` of the search.
+
+        Raises:
+            ValueError: a format without such a fit, an ``observed`` without a True entry, and as
+                :meth:`from_dense`.
+            TypeError: an ``observed`` that is not bool, an unknown option.
+        """
+        raise ValueError(f"{cls.name}: there is no fit of the observed entries in this format")
+
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """The factors in the order of ``factor_names``."""

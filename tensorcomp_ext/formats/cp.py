@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..decompose import cp_als
+from ..decompose import cp_als, masked_fit
 from ._modes import Folding
 from ._network import NetworkFormat, Part, Wiring
 from .base import Rank, register_format
@@ -80,6 +80,12 @@ class CP(NetworkFormat):
         cls, tensor: Tensor, folding: Folding, ranks: tuple[int, ...], **options: Any
     ) -> Sequence[Tensor]:
         return cp_als(tensor, ranks[0], **options).factors
+
+    @classmethod
+    def decompose_observed(
+        cls, tensor: Tensor, observed: Tensor, folding: Folding, ranks: tuple[int, ...], **search: Any
+    ) -> Sequence[Tensor]:
+        return masked_fit(tensor, observed, "cp", ranks[0], **search).factors
 
     @property
     def tap_factors(self) -> tuple[Tensor, ...]:

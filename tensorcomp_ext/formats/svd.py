@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..decompose import svd_factors
+from ..decompose import masked_fit, svd_factors
 from .base import Format, Rank, as_parameter, check_factor, clip_rank, no_structure, register_format
 from .forms import TwoFactor
 
@@ -85,3 +85,19 @@ class SVD(Format):
         no_structure(cls.name, options)
         found = svd_factors(weight.detach(), cls.check_rank(weight.shape, rank))
         return cls(found.a, found.b)
+
+    @classmethod
+    def from_observed(
+        cls,
+        weight: Tensor,
+        observed: Tensor,
+        rank: Rank,
+        *,
+        iterations: int = 1500,
+        tol: float = 1e-7,
+        **options: Any,
+    ) -> Self:
+        no_structure(cls.name, options)
+        ranks = cls.check_rank(weight.shape, rank)
+        found = masked_fit(weight.detach(), observed, "svd", ranks, iterations=iterations, tol=tol)
+        return cls(*found.factors)

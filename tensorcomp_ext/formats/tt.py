@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..decompose import tt_svd
+from ..decompose import masked_fit, tt_svd
 from ._chains import ChainFormat, chained, two_sided_limits, without_ones
 from ._modes import Folding
 from .base import register_format
@@ -50,3 +50,9 @@ class TT(ChainFormat):
     ) -> Sequence[Tensor]:
         """TT-SVD."""
         return tt_svd(chained(tensor, folding), ranks).cores
+
+    @classmethod
+    def decompose_observed(
+        cls, tensor: Tensor, observed: Tensor, folding: Folding, ranks: tuple[int, ...], **search: Any
+    ) -> Sequence[Tensor]:
+        return masked_fit(chained(tensor, folding), chained(observed, folding), "tt", ranks, **search).factors

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..decompose import tt_svd, ttm_svd
+from ..decompose import masked_fit, tt_svd, ttm_svd
 from ._chains import two_sided_limits, without_ones
 from ._matrix_chains import MatrixChainFormat, sweep_macs
 from ._modes import Folding
@@ -81,11 +81,22 @@ class TTM(MatrixChainFormat):
         outs, ins = folding.out_modes, folding.in_modes
         if not folding.kernel:
             return ttm_svd(tensor.reshape(math.prod(outs), -1), ranks, outs, ins).cores
-        count = len(outs)
-        channels = [place for k in range(count) for place in (count + k, k)]
-        pairs = [i * o for i, o in zip(ins, outs, strict=True)]
-        taps_first = tensor.flatten(2 * count).permute(2 * count, *channels)  # [taps, in_1, out_1, ...]
-        taps, *cores = tt_svd(taps_first.reshape(folding.taps, *pairs), ranks).cores
+        taps, *cores = tt_svd(_by_pairs(tensor, folding), ranks).cores
+        split = [core.unflatten(1, (i, o)) for core, i, o in zip(cores, ins, outs, strict=True)]
+        return [taps[0], *split]
+
+    @classmethod
+    def decompose_observed(
+        cls, tensor: Tensor, observed: Tensor, folding: Folding, ranks: tuple[int, ...], **search: Any
+    ) -> Sequence[Tensor]:
+        outs, ins = folding.out_modes, folding.in_modes
+        if not folding.kernel:
+            rows = math.prod(outs)
+            matrix, seen = tensor.reshape(rows, -1), observed.reshape(rows, -1)
+            modes = {"out_modes": outs, "in_modes": ins}
+            return masked_fit(matrix, seen, "ttm", ranks, **modes, **search).factors
+        pairs, seen = _by_pairs(tensor, folding), _by_pairs(observed, folding)
+        taps, *cores = masked_fit(pairs, seen, "tt", ranks, **search).factors
         split = [core.unflatten(1, (i, o)) for core, i, o in zip(cores, ins, outs, strict=True)]
         return [taps[0], *split]
 
@@ -107,3 +118,12 @@ class TTM(MatrixChainFormat):
         rank = wiring.labels[0][1]
         network = Network(tuple(cores), wiring.labels[1:], wiring.outputs, (rank, *wiring.inputs))
         return TapNetwork(taps.t().unflatten(1, self.folding.kernel), network)
+
+
+def _by_pairs(tensor: Tensor, folding: Folding) -> Tensor:
+    """A kernel ``(*out_modes, *in_modes, *kernel)`` as ``[taps, in_1 out_1, in_2 out_2, ...]``."""
+    outs, ins = folding.out_modes, folding.in_modes
+    count = len(outs)
+    channels = [place for k in range(count) for place in (count + k, k)]
+    taps_first = tensor.flatten(2 * count).permute(2 * count, *channels)  # [taps, in_1, out_1, ...]
+    return taps_first.reshape(folding.taps, *(i * o for i, o in zip(ins, outs, strict=True)))

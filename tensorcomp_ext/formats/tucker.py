@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..decompose import tucker
+from ..decompose import masked_fit, tucker
 from ._modes import Folding
 from ._network import NetworkFormat, Part, Wiring
 from .base import register_format
@@ -78,6 +78,12 @@ class Tucker(NetworkFormat):
     ) -> Sequence[Tensor]:
         found = tucker(tensor, ranks, **options)
         return [found.core, *found.factors]
+
+    @classmethod
+    def decompose_observed(
+        cls, tensor: Tensor, observed: Tensor, folding: Folding, ranks: tuple[int, ...], **search: Any
+    ) -> Sequence[Tensor]:
+        return masked_fit(tensor, observed, "tucker", ranks, **search).factors
 
     def _side_ranks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ranks of the out modes and of the in modes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..decompose import tucker2
+from ..decompose import masked_fit, tucker2
 from .base import Format, Rank, as_parameter, check_factor, clip_rank, no_structure, register_format
 from .forms import BottleneckConv
 
@@ -120,3 +120,19 @@ class Tucker2(Format):
         rank_out, rank_in = cls.check_rank(weight.shape, rank)
         found = tucker2(weight.detach(), rank_out, rank_in, method=method)
         return cls(found.core, found.factor_out, found.factor_in)
+
+    @classmethod
+    def from_observed(
+        cls,
+        weight: Tensor,
+        observed: Tensor,
+        rank: Rank,
+        *,
+        iterations: int = 1500,
+        tol: float = 1e-7,
+        **options: Any,
+    ) -> Self:
+        no_structure(cls.name, options)
+        ranks = cls.check_rank(weight.shape, rank)
+        found = masked_fit(weight.detach(), observed, "tucker2", ranks, iterations=iterations, tol=tol)
+        return cls(*found.factors)
