@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from tensorcomp_ext.compress.calls import Call
 from tensorcomp_ext.compress.report import LayerReport
 from tensorcomp_ext.compress.selection import by_name, format_and_options, weight_numel
-from tensorcomp_ext.formats import get_format
+from tensorcomp_ext.formats import Format, LowRankSparse, PackedLowRankSparse, get_format
 from tensorcomp_ext.nn import (
     FactorizedConv1d,
     FactorizedConv2d,
@@ -65,15 +65,24 @@ def skipped_entry(name: str, layer: nn.Module, reason: str, **fields: Any) -> La
     return LayerReport(name, type(layer).__name__, count, count, skipped=reason, **fields)
 
 
-def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call]) -> Choice | str:
-    """What a layer becomes, or why it stays."""
-    convolution = isinstance(layer, _ConvNd)
+def _format_of(name: str, layer: nn.Module, format: Any) -> tuple[str, str, dict[str, Any]]:
+    """The kind of a layer, its format and the options of that."""
     chosen, options = format_and_options(
         by_name(format, name, layer) if isinstance(format, Mapping) else format
     )
     table = isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
-    kind = "conv" if convolution else "embedding" if table else "linear"
-    chosen = chosen or _DEFAULT[kind]
+    kind = "conv" if isinstance(layer, _ConvNd) else "embedding" if table else "linear"
+    return kind, chosen or _DEFAULT[kind], options
+
+
+def takes_groups(name: str, layer: nn.Module, format: Any) -> bool:
+    """Whether the format that a layer is to have takes grouped convolutions."""
+    return get_format(_format_of(name, layer, format)[1]).grouped
+
+
+def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call]) -> Choice | str:
+    """What a layer becomes, or why it stays."""
+    kind, chosen, options = _format_of(name, layer, format)
     if kind not in get_format(chosen).layers:
         return f"format {chosen!r} is not for {type(layer).__name__}"
     spec = by_name(rank, name, layer) if isinstance(rank, Mapping) else rank
@@ -83,7 +92,7 @@ def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call])
     if not torch.isfinite(weight).all():
         raise ValueError(f"compress: the weight of layer {name!r} has NaN or Inf; nothing was replaced")
     explicit = isinstance(spec, (int, tuple, list))
-    if table:
+    if kind == "embedding":
         options |= embedding_modes(weight.shape, options.get("in_modes"), options.get("out_modes"))
     choice = Choice(name, layer, chosen, 0, options, explicit)
     try:
@@ -118,7 +127,7 @@ def _named(error: Exception, name: str) -> Exception:
 
 
 def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
-    """Decompose one layer, unless it would not get smaller."""
+    """Decompose one layer, unless it would not get smaller, which one that is pruned in training may."""
     layer = choice.layer
     dense = layer.weight.numel()
     ranks = (choice.rank,) if isinstance(choice.rank, int) else tuple(choice.rank)
@@ -129,7 +138,8 @@ def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
     remark = (
         f"{stored:,} parameters in {choice.format} at rank {'×'.join(map(str, ranks))}, dense has {dense:,}"
     )
-    if stored >= dense and not choice.explicit:
+    shrinks = get_format(choice.format).shrinks
+    if stored >= dense and not choice.explicit and shrinks:
         pointwise = isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
         return skipped_entry(
             choice.name, layer, f"{'pointwise: ' if pointwise else ''}would not get smaller: {remark}"
@@ -146,19 +156,34 @@ def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
         new: FactorizedLayer = make(layer, format=choice.format, rank=choice.rank, **choice.options)
     except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
         raise _named(error, choice.name) from error
-    with torch.no_grad():
-        dense_again = new.weight.to_dense()
     entry = LayerReport(
         choice.name,
         type(layer).__name__,
         dense,
-        weight_numel(new),
+        new.weight.counted,
         format=choice.format,
         rank=ranks,
-        relative_error=relative_error(layer.weight, dense_again),
-        note=f"not smaller, as asked: {remark}" if stored >= dense else None,
+        relative_error=_error(layer.weight, new.weight),
+        note=f"not smaller, as asked: {remark}" if stored >= dense and shrinks else None,
     )
+    count_bytes(entry, layer.weight, new.weight)
     return entry, new
+
+
+def count_bytes(entry: LayerReport, dense: torch.Tensor, weight: Format) -> None:
+    """Write bytes before and after, where more than the weights themselves has to be stored."""
+    if isinstance(weight, (LowRankSparse, PackedLowRankSparse)):
+        entry.bytes_before = dense.numel() * dense.element_size()
+        entry.bytes_after = weight.stored_bytes
+
+
+def _error(dense: torch.Tensor, weight: Format) -> float | None:
+    """What a format loses of a weight; its low-rank part alone, where a sparse one makes up for it."""
+    with torch.no_grad():
+        if isinstance(weight, LowRankSparse):
+            low = weight.low_rank_dense()
+            return None if low is None else relative_error(dense, low)
+        return relative_error(dense, weight.to_dense())
 
 
 def relative_error(dense: torch.Tensor, approximation: torch.Tensor) -> float:

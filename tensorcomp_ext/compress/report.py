@@ -14,7 +14,7 @@ from tensorcomp_ext.compress.latency import Latency
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("layer", "format", "parameters", "MACs", "error", "latency ms", "plan", "remark")
+COLUMNS = ("layer", "format", "parameters", "bytes", "MACs", "error", "latency ms", "plan", "remark")
 
 MACS_NOTE = "MACs are those of the plan that runs; a layer on the dense plan saves none."
 
@@ -23,6 +23,8 @@ MACS_NOTE = "MACs are those of the plan that runs; a layer on the dense plan sav
 class LayerReport:
     """One layer. Parameters count weight entries without the bias; MACs are those of one call of the network.
 
+    Of a weight with a sparse part parameters count the factors and the entries that are kept, as publications
+    do; ``bytes_after`` counts what says where these belong, too. Bytes stay None where parameters say it all.
     ``skipped`` is the reason the layer was left dense, None where it was replaced; ``note`` is a remark on a
     layer that was replaced. Fields that need example inputs (``input_shape``, MACs) or measuring (latencies)
     stay None without them. ``macs_after`` counts the plan that runs, so it equals ``macs_before`` under a
@@ -44,6 +46,8 @@ class LayerReport:
     plan: str | None = None
     skipped: str | None = None
     note: str | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -67,6 +71,7 @@ class LayerReport:
             self.name or "(model)",
             f"{self.format} {'×'.join(map(str, self.rank or ()))}" if self.format else "dense",
             _before_after(_count(self.parameters_before), _count(self.parameters_after) if after else None),
+            _before_after(_count(self.bytes_before), _count(self.bytes_after)),
             _before_after(_count(self.macs_before), _count(self.macs_after) if after else None),
             "" if self.relative_error is None else f"{self.relative_error:.3f}",
             latency,
@@ -172,6 +177,7 @@ class Report:
             "network",
             f"{len(self.replaced)} of {len(self.layers)}",
             _before_after(_count(self.parameters_before), _count(self.parameters_after)),
+            "",
             _before_after(_count(self.macs_before), _count(self.macs_after)),
             error,
             "",
@@ -194,7 +200,7 @@ class Report:
         table.caption, table.caption_justify = Text(remarks, justify="left"), "left"
         used = [index for index in self._used_columns() if COLUMNS[index] != "remark"]
         for index in used:
-            numeric = COLUMNS[index] in ("parameters", "MACs", "error", "latency ms")
+            numeric = COLUMNS[index] in ("parameters", "bytes", "MACs", "error", "latency ms")
             table.add_column(COLUMNS[index], justify="right" if numeric else "left", no_wrap=index == 0)
         for number, row in enumerate(rows):
             style = "bold" if number == len(rows) - 1 else "" if row[1] != "dense" else "dim"

@@ -23,6 +23,7 @@ GEOMETRY = (
     "stride",
     "padding",
     "dilation",
+    "groups",
     "in_features",
     "out_features",
 )
@@ -120,6 +121,9 @@ def _build(
                 f"load: {path}: {full!r} must be {list(value.shape)} by its configuration, "
                 f"got {list(tensors[full].shape)}"
             )
+    wrong = new.weight.check_state(tensors, f"{name}.weight.".lstrip("."))
+    if wrong is not None:
+        raise CheckpointError(f"load: {path} is damaged: {wrong}")
     return new
 
 
@@ -128,10 +132,8 @@ def _check_place(name: str, new: nn.Module, old: nn.Module, path: str) -> None:
     kind, place = type(new).__name__, type(old).__name__
     if type(old) is not type(new) and (type(old) not in PLAIN or kind != f"Factorized{place}"):
         raise CheckpointError(f"load: {path} has {kind} as {name!r}, the model has {place} there")
-    if getattr(old, "groups", 1) != 1 or getattr(old, "padding_mode", "zeros") != "zeros":
-        raise CheckpointError(
-            f"load: {path} has {kind} as {name!r}, the model's layer is grouped or padded otherwise"
-        )
+    if getattr(old, "padding_mode", "zeros") != "zeros":
+        raise CheckpointError(f"load: {path} has {kind} as {name!r}, the model's layer is padded otherwise")
     for attribute in GEOMETRY:
         expected, got = getattr(old, attribute, None), getattr(new, attribute, None)
         if expected != got:

@@ -94,8 +94,11 @@ def _identity(parameter: torch.Tensor) -> tuple[Any, ...]:
     return (str(parameter.device), parameter.data_ptr())
 
 
-def refusal(name: str, module: nn.Module, uses: Uses) -> str | None:
-    """Why the layer cannot be replaced without risk to the results, or None where it can."""
+def refusal(name: str, module: nn.Module, uses: Uses, groups: bool = False) -> str | None:
+    """Why the layer cannot be replaced without risk to the results, or None where it can.
+
+    ``groups``: whether its format takes grouped convolutions.
+    """
     kind = type(module)
     if isinstance(module, FactorizedLayer):
         return "already factorised"
@@ -119,7 +122,7 @@ def refusal(name: str, module: nn.Module, uses: Uses) -> str | None:
         )
     return (
         _state_refusal(module)
-        or _geometry_refusal(module)
+        or _geometry_refusal(module, groups)
         or _sharing_refusal(name, uses)
         or (dense_refusal(module) if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None)
     )
@@ -149,10 +152,10 @@ def _state_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _geometry_refusal(module: nn.Module) -> str | None:
+def _geometry_refusal(module: nn.Module, groups: bool) -> str | None:
     if not isinstance(module, _ConvNd):
         return None
-    if module.groups > 1:
+    if module.groups > 1 and not groups:
         depthwise = module.groups == module.in_channels
         return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups} groups)"
     if module.padding_mode != "zeros":

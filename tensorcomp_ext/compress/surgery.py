@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from tensorcomp_ext.compress.calls import Call, output_distance, trace
-from tensorcomp_ext.compress.factorize import Choice, choose, factorize, not_called, skipped_entry
+from tensorcomp_ext.compress.factorize import (
+    Choice,
+    choose,
+    factorize,
+    not_called,
+    skipped_entry,
+    takes_groups,
+)
 from tensorcomp_ext.compress.measure import fill_costs, measure_latencies
 from tensorcomp_ext.compress.report import LayerReport, Report
 from tensorcomp_ext.compress.selection import (
@@ -114,7 +121,7 @@ def compress(
         if (wanted is not None and not matches(name, wanted)) or matches(name, unwanted):
             reason: str | None = "excluded" if matches(name, unwanted) else "not among the layers asked for"
         else:
-            reason = refusal(name, layer, uses) or not_called(name, calls)
+            reason = refusal(name, layer, uses, takes_groups(name, layer, format)) or not_called(name, calls)
         with warnings.catch_warnings(record=True) as heard[name]:
             warnings.simplefilter("always")
             chosen = reason or choose(name, layer, format, rank, calls[name] if calls is not None else ())

@@ -3,8 +3,10 @@
 from ._modes import balanced_modes, covering_modes
 from .base import Format, Rank, format_names, get_format, register_format
 from .cp import CP
-from .forms import BottleneckConv, Form, Network, TapNetwork, TwoFactor
+from .forms import BottleneckConv, Form, Network, PackedSum, SparseSum, TapNetwork, TwoFactor
+from .lowrank_sparse import LowRankSparse
 from .merge import two_factor
+from .packed_sparse import PackedLowRankSparse
 from .svd import SVD
 from .tr import TR
 from .tr_matrix import TRMatrix
@@ -22,8 +24,12 @@ __all__ = [
     "BottleneckConv",
     "Form",
     "Format",
+    "LowRankSparse",
     "Network",
+    "PackedLowRankSparse",
+    "PackedSum",
     "Rank",
+    "SparseSum",
     "TRMatrix",
     "TapNetwork",
     "Tucker",

@@ -34,8 +34,12 @@ class Format(nn.Module, ABC):
     """The name it is registered under."""
     layers: ClassVar[frozenset[str]]
     """The kinds of layer whose weight it can hold: "conv", "linear", "embedding"."""
+    grouped: ClassVar[bool] = False
+    """Whether it can hold the kernel ``[T, S / groups, *k]`` of a grouped convolution."""
+    shrinks: ClassVar[bool] = True
+    """Whether it is meant to store less than the dense weight as it stands, not only after training."""
     factor_names: tuple[str, ...]
-    """Attribute names of the parameters, in the order the constructor takes them."""
+    """Names of the parameters, as ``named_parameters`` has them, in the order the constructor takes them."""
 
     @property
     @abstractmethod
@@ -123,6 +127,24 @@ class Format(nn.Module, ABC):
         """Where the tensors lie that the weight is made of: its factors, and buffers where it has some."""
         parameters: Any = self._parameters
         return ((parameters, self.factor_names),)
+
+    def check_state(self, state: Mapping[str, Any], prefix: str = "") -> str | None:
+        """What is wrong with the values of a state dict for this weight, beside shapes; None for nothing."""
+        return None
+
+    def finalized(self) -> Format:
+        """The form for inference of a weight that has another one for training; else the weight itself."""
+        return self
+
+    @property
+    def counted(self) -> int:
+        """Weights without what says where they belong, as publications count them."""
+        return self.numel
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes a file holds of the weight, indices included; of a training form, once it is finalized."""
+        return sum(factor.numel() * factor.element_size() for factor in self.factors)
 
     @property
     def numel(self) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..ops import PackedSparse
+
 
 @dataclass(frozen=True)
 class BottleneckConv:
@@ -76,4 +78,31 @@ class TapNetwork:
     """From ``(R, *input modes)`` to the output modes."""
 
 
-Form = BottleneckConv | TwoFactor | Network | TapNetwork
+@dataclass(frozen=True)
+class SparseSum:
+    """A low-rank weight and entries of a dense matrix: ``W = L + M * S``, or ``W = (1 - M) * L + M * S``.
+
+    Matrices of a kernel are ``[T, S K]``. For training: plans rebuild W.
+    """
+
+    low_rank: Form | None
+    values: Tensor
+    """S, ``[M, N]``"""
+    mask: Tensor
+    """M, one bit an entry, as ``ops.pack_mask`` makes it"""
+    masking: bool
+    """Whether S takes the place of L."""
+
+
+@dataclass(frozen=True)
+class PackedSum:
+    """``W = a b + S`` with S packed, of a kernel as the matrix ``[T, S K]``."""
+
+    pair: TwoFactor | None
+    """The low-rank part as two matrices; None where it is none, or no such product."""
+    sparse: PackedSparse
+    low_rank: bool
+    """Whether there is a low-rank part."""
+
+
+Form = BottleneckConv | TwoFactor | Network | TapNetwork | SparseSum | PackedSum

@@ -93,8 +93,7 @@ class TTM(MatrixChainFormat):
         if not folding.kernel:
             rows = math.prod(outs)
             matrix, seen = tensor.reshape(rows, -1), observed.reshape(rows, -1)
-            modes = {"out_modes": outs, "in_modes": ins}
-            return masked_fit(matrix, seen, "ttm", ranks, **modes, **search).factors
+            return masked_fit(matrix, seen, "ttm", ranks, out_modes=outs, in_modes=ins, **search).factors
         pairs, seen = _by_pairs(tensor, folding), _by_pairs(observed, folding)
         taps, *cores = masked_fit(pairs, seen, "tt", ranks, **search).factors
         split = [core.unflatten(1, (i, o)) for core, i, o in zip(cores, ins, outs, strict=True)]

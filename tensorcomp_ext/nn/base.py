@@ -15,7 +15,7 @@ from ..formats import Format, Rank, get_format
 from ..plan import PlannedLayer
 from ..ranks import parse_rank, resolve_rank
 
-STRUCTURE = ("in_modes", "out_modes", "input_order")
+STRUCTURE = ("in_modes", "out_modes", "input_order", "low_rank", "mode", "nnz", "density", "positions")
 """Options of formats that describe the factors; what else ``from_dense`` takes is for the decomposition."""
 
 _LAYERS: dict[str, type[FactorizedLayer]] = {}
@@ -52,6 +52,20 @@ class FactorizedLayer(PlannedLayer):
         """Multiply-adds of the dense layer for an input of ``input_shape`` (batch included)."""
         output = self.geometry.output_shape(input_shape, self.weight.shape)
         return self.geometry.positions(output) * math.prod(self.weight.shape)
+
+    def finalize(self) -> Self:
+        """Pack a weight that has another form for training than for inference; returns the layer.
+
+        Low-rank + sparse weights then store their factors and the entries that are left, and cannot be pruned
+        further. Other weights stay as they are. The new parameters are no longer those an optimizer has.
+        """
+        made = self.weight.finalized()
+        if made is not self.weight:
+            trained = any(p.requires_grad for p in self.weight.parameters())
+            made.train(self.training)
+            self._forced, self.tuned = None, {}
+            self.weight = made.requires_grad_(trained)
+        return self
 
     @abstractmethod
     def to_dense(self) -> nn.Module:

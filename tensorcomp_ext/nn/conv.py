@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..formats import get_format
 from ..ops._transforms import transformed
 from ..plan import ConvGeometry
 from ..plan.case import autocast_dtype
@@ -54,16 +55,19 @@ class _FactorizedConv(FactorizedLayer):
         out_modes: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **structure: Any,
     ) -> None:
         super().__init__()
         name, spatial = type(self).__name__, self.spatial
-        if groups != 1:
-            raise ValueError(f"{name}: groups must be 1, got {groups}")
+        check_groups(name, groups, format)
         if padding_mode != "zeros":
             raise ValueError(f"{name}: padding_mode must be 'zeros', got {padding_mode!r}")
         for argument, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: {argument} must be an int >= 1, got {value!r}")
+        for argument, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if value % groups:
+                raise ValueError(f"{name}: {argument} must be a multiple of groups = {groups}, got {value}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size = _sizes(kernel_size, spatial, f"{name}: kernel_size", 1)
         self.stride = _sizes(stride, spatial, f"{name}: stride", 1)
@@ -78,10 +82,10 @@ class _FactorizedConv(FactorizedLayer):
             self.padding = padding
         else:
             self.padding = _sizes(padding, spatial, f"{name}: padding", 0)
-        self.geometry = ConvGeometry(spatial, self.stride, self.padding, self.dilation)
-        shape = (out_channels, in_channels, *self.kernel_size)
-        structure = {"in_modes": in_modes, "out_modes": out_modes}
-        self.weight = self._make_weight(shape, format, rank, device, dtype, structure)
+        self.geometry = ConvGeometry(spatial, self.stride, self.padding, self.dilation, groups)
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        modes = {"in_modes": in_modes, "out_modes": out_modes}
+        self.weight = self._make_weight(shape, format, rank, device, dtype, {**modes, **structure})
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         )
@@ -94,7 +98,8 @@ class _FactorizedConv(FactorizedLayer):
         Bias, dtype, device, training flag and requires_grad are kept.
 
         Args:
-            conv: the torch.nn layer of the same number of dimensions, ungrouped, zero-padded.
+            conv: the torch.nn layer of the same number of dimensions, zero-padded, and ungrouped but where
+                the format takes groups.
             format: name of a format for convolutions.
             rank: int, tuple (tucker2: ``(R_out, R_in)``), float in (0, 1] (fraction of the dense parameters)
                 or a rule of ``tensorcomp_ext.ranks``.
@@ -111,8 +116,7 @@ class _FactorizedConv(FactorizedLayer):
                 f"{name}: expected a torch.nn.{cls.dense_class.__name__}, got {type(conv).__name__}"
             )
         c: Any = conv
-        if c.groups != 1:
-            raise ValueError(f"{name}: groups must be 1, got {c.groups}")
+        check_groups(name, c.groups, format)
         if c.padding_mode != "zeros":
             raise ValueError(f"{name}: padding_mode must be 'zeros', got {c.padding_mode!r}")
         made = decomposed(name, c.weight, format, cls.kind, rank, options)
@@ -123,6 +127,7 @@ class _FactorizedConv(FactorizedLayer):
             c.stride,
             c.padding,
             c.dilation,
+            c.groups,
             bias=c.bias is not None,
             format=format,
             rank=made.rank,
@@ -159,7 +164,8 @@ class _FactorizedConv(FactorizedLayer):
 
     def to_dense(self) -> nn.Module:
         weight = self.weight.to_dense()
-        made = self._fill(self._torch_conv(weight, range(self.spatial), 1, self.bias is not None), weight)
+        every, bias = range(self.spatial), self.bias is not None
+        made = self._fill(self._torch_conv(weight, every, self.groups, bias), weight)
         kept: Any = made.weight
         if self.channels_last:
             made.weight = nn.Parameter(as_channels_last(kept.data), kept.requires_grad)
@@ -213,6 +219,7 @@ class _FactorizedConv(FactorizedLayer):
             "stride": list(self.stride),
             "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
             "dilation": list(self.dilation),
+            **({"groups": self.groups} if self.groups != 1 else {}),
             "bias": self.bias is not None,
             "dtype": dtype_name(self.weight.factors[0].dtype),
         }
@@ -227,6 +234,7 @@ class _FactorizedConv(FactorizedLayer):
             config["stride"],
             config["padding"],
             config["dilation"],
+            config.get("groups", 1),
             bias=bool(config["bias"]),
             format=config["format"],
             rank=tuple(rank) if isinstance(rank, list) else rank,
@@ -243,11 +251,21 @@ class _FactorizedConv(FactorizedLayer):
             text += f", padding={self.padding!r}"
         if self.dilation != (1,) * self.spatial:
             text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
         if self.bias is None:
             text += ", bias=False"
         return f"{text}, format={self.format}, rank={self.rank}" + (
             f", plan={self.plan}" if self.plan else ""
         )
+
+
+def check_groups(name: str, groups: Any, format: str) -> None:
+    """Raise unless a convolution in this format can have so many groups."""
+    if type(groups) is not int or groups < 1:
+        raise ValueError(f"{name}: groups must be an int >= 1, got {groups!r}")
+    if groups != 1 and not get_format(format, "conv").grouped:
+        raise ValueError(f"{name}: groups must be 1, got {groups}: format {format!r} takes no others")
 
 
 def _check_match(name: str, x: Tensor, factor: Tensor) -> None:
@@ -277,13 +295,15 @@ class FactorizedConv2d(_FactorizedConv):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in torch.nn.
-        groups: 1.
+        groups: 1; another number with "lowrank_sparse" and "lowrank_sparse_packed".
         padding_mode: "zeros".
         format: name of a format for convolutions.
         rank: int, tuple (tucker2: ``(R_out, R_in)``) or float in (0, 1], the fraction of the dense
             parameters.
         in_modes, out_modes: modes of the input and output channels for formats that fold them; None for the
             format's default.
+        structure: further options that describe the weight in this format, as ``low_rank`` and ``mode`` of
+            "lowrank_sparse".
 
     Cost: with Tucker-2 ``N (H W S R_in + H' W' (kH kW R_in R_out + R_out T))`` MACs.
 

@@ -32,6 +32,8 @@ class FactorizedLinear(FactorizedLayer):
         input_order: the order in which the in modes index the input features, row-major; None for their own.
             With ``in_modes=(5, 5, 5, 10)`` for an image of height 5, width 5 and 50 channels, which torch
             flattens channels first, it is ``(2, 3, 0, 1)``.
+        structure: further options that describe the weight in this format, as ``low_rank`` and ``mode`` of
+            "lowrank_sparse".
 
     Cost: with SVD ``rows R (in + out)`` MACs.
 
@@ -55,6 +57,7 @@ class FactorizedLinear(FactorizedLayer):
         in_modes: Sequence[int] | None = None,
         out_modes: Sequence[int] | None = None,
         input_order: Sequence[int] | None = None,
+        **structure: Any,
     ) -> None:
         super().__init__()
         for argument, value in (("in_features", in_features), ("out_features", out_features)):
@@ -62,9 +65,9 @@ class FactorizedLinear(FactorizedLayer):
                 raise ValueError(f"FactorizedLinear: {argument} must be an int >= 1, got {value!r}")
         self.in_features, self.out_features = in_features, out_features
         self.geometry = LinearGeometry()
-        structure = {"in_modes": in_modes, "out_modes": out_modes, "input_order": input_order}
+        modes = {"in_modes": in_modes, "out_modes": out_modes, "input_order": input_order}
         shape = (out_features, in_features)
-        self.weight = self._make_weight(shape, format, rank, device, dtype, structure)
+        self.weight = self._make_weight(shape, format, rank, device, dtype, {**modes, **structure})
         rows = self.weight.structure.get("out_modes", [out_features])
         if math.prod(rows) != out_features:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import CP, BottleneckConv, Network, TapNetwork, TwoFactor, two_factor
+from ..formats import CP, BottleneckConv, Network, PackedSum, SparseSum, TapNetwork, TwoFactor, two_factor
 from ..formats._contraction import contraction
 
 if TYPE_CHECKING:
@@ -30,10 +30,13 @@ def convolutions(layer: _FactorizedConv) -> list[Convolution]:
 
     Bottleneck: pointwise, core, pointwise. CP: pointwise, one depthwise convolution for every dim, pointwise.
     Tensor ring: pointwise, the core as a grouped convolution that repeats it for every ring index, pointwise.
-    TTM: depthwise with the taps of every channel, pointwise. One dense convolution where that is less work.
+    TTM: depthwise with the taps of every channel, pointwise. One dense convolution where that is less work,
+    and of weights with a sparse part.
     """
     form, spatial = layer.weight.lower(), layer.spatial
     every = tuple(range(spatial))
+    if isinstance(form, (SparseSum, PackedSum)):
+        return [Convolution(layer.weight.to_dense(), every, layer.groups)]
     if isinstance(form, TapNetwork):
         found = _tap_convolutions(form, every)
     else:
@@ -87,9 +90,12 @@ def _matrix(network: Network) -> Tensor:
 def matrices(layer: FactorizedLinear) -> Sequence[Tensor]:
     """The matrices that applied in this order are the layer: two, or the dense one where that is less work.
 
-    A network is merged where output and input modes part; TTM and TR-matrix have both in every core.
+    A network is merged where output and input modes part; TTM and TR-matrix have both in every core. A weight
+    with a sparse part is dense.
     """
     form = layer.weight.lower()
+    if isinstance(form, (SparseSum, PackedSum)):
+        return [layer.weight.to_dense()]
     pair = two_factor(form) if isinstance(form, Network) else form
     if pair is None:
         return [layer.weight.to_dense()]

@@ -109,7 +109,7 @@ def lowrank_sparse_linear(
             support = Support(False, "function transforms and forward-mode AD go to the reference")
         if backend == "native":
             raise ValueError(f"{_NAME}: backend='native' cannot serve: {support.reason}")
-    if _is_compiling():
+    if _is_compiling() or x.is_meta:  # meta tensors have no numbers to check
         return _OPS.lowrank_sparse_linear.default(x, a, b, values, bias, offsets, positions)
     if not transformed():
         check_packed(packed, _NAME)

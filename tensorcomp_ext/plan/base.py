@@ -25,8 +25,8 @@ class Stage(NamedTuple):
 
     kind: str
     """Which measured rate applies: "conv", "depthwise", "pointwise", "linear", or of our kernels "fused",
-    "pair" (a two-factor product), "chain" (other chains of products) or "partial" (a convolution from rank
-    space on)."""
+    "pair" (a two-factor product), "chain" (other chains of products), "sparse" (a packed sparse matrix) or
+    "partial" (a convolution from rank space on)."""
     macs: int
     width: int
     """The narrower of the two channel counts the pass works on."""

@@ -21,7 +21,9 @@ class EmbeddingGeometry(Geometry):
     padding_idx: int | None = None
     spatial: int = 0
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    def apply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None
+    ) -> Tensor:
         rows = F.embedding(x, weight)
         if self.padding_idx is None:
             return rows

@@ -11,13 +11,15 @@ from .fused_bottleneck import FusedBottleneck
 from .fused_conv import FusedConv
 from .fused_network import FusedNetwork
 from .fused_pair import FusedPair
+from .fused_sparse import FusedSparse
 
 
 @register_plan("fused")
 class Fused(ByForm):
     """Two-dimensional bottleneck convolutions, linear layers and embeddings.
 
-    Inference packs the weights of the former two once.
+    Inference packs the weights of the former two once. Of weights with a sparse part packed ones, in linear
+    layers and pointwise convolutions.
     """
 
     own_kernels: ClassVar[bool] = True
@@ -26,6 +28,7 @@ class Fused(ByForm):
         FusedBottleneck(),
         FusedPair(),
         FusedNetwork(),
+        FusedSparse(),
         FusedEmbedding(),
     )
     what: ClassVar[str] = "two-dimensional bottleneck convolutions, linear layers and embeddings"

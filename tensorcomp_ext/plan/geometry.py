@@ -27,8 +27,10 @@ class Geometry(ABC):
     """Number of spatial dimensions; 0 for a linear layer."""
 
     @abstractmethod
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """The dense layer with ``weight``, its channels in so many groups."""
+    def apply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None
+    ) -> Tensor:
+        """The dense layer with ``weight``, its channels in so many groups; None for those of the layer."""
 
     @abstractmethod
     def pointwise(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,8 +61,12 @@ class ConvGeometry(Geometry):
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
+    groups: int = 1
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    def apply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None
+    ) -> Tensor:
+        groups = self.groups if groups is None else groups
         return _CONVOLUTIONS[self.spatial](x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def pointwise(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,8 +75,8 @@ class ConvGeometry(Geometry):
 
     def bind(self, weight: Tensor) -> Bound:
         convolution = _CONVOLUTIONS[self.spatial]
-        stride, padding, dilation = self.stride, self.padding, self.dilation
-        return lambda x, bias: convolution(x, weight, bias, stride, padding, dilation)
+        windows = (self.stride, self.padding, self.dilation, self.groups)
+        return lambda x, bias: convolution(x, weight, bias, *windows)
 
     def output_shape(self, shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, ...]:
         sizes = []
@@ -107,7 +113,9 @@ class LinearGeometry(Geometry):
 
     spatial: int = 0
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    def apply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None
+    ) -> Tensor:
         return F.linear(x, weight, bias)
 
     def pointwise(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -43,8 +43,11 @@ class Packed(Plan):
             return Support(
                 False, f"oneDNN's packed convolution takes {' and '.join(_DTYPES)}, not {case.dtype}"
             )
-        if isinstance(layer.geometry, ConvGeometry) and layer.geometry.same_is_uneven(layer.weight.shape):
-            return Support(False, "padding='same' of an even window pads one side more than the other")
+        if isinstance(layer.geometry, ConvGeometry):
+            if layer.geometry.same_is_uneven(layer.weight.shape):
+                return Support(False, "padding='same' of an even window pads one side more than the other")
+            if layer.geometry.groups != 1:
+                return Support(False, f"for one group of channels, not for {layer.geometry.groups}")
         return _available(case.torch_dtype)
 
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:

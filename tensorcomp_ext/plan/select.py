@@ -146,12 +146,14 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
     if lookup(layer) is not None:
         # The op serves every device, and no size of a table is worth a rebuild in a graph.
         return "staged" if _untried(get_plan("fused"), device) else "fused"
+    if "staged" not in names:
+        return "dense"
     found = layer.traced_found
     if found is not None and not layer.geometry.spatial:
         macs = found.chain.program.macs()
     else:
         macs = weight.macs(1, 1)
-    if macs >= weight.dense_macs(1) or "staged" not in names or (is_network(layer) and found is None):
+    if macs >= weight.dense_macs(1) or (is_network(layer) and found is None):
         return "dense"
     sizes = (0, weight.shape[1], *(1,) * layer.geometry.spatial)
     dtype = str(weight.factors[0].dtype).removeprefix("torch.")

@@ -43,9 +43,9 @@ class Prepared:
     """Prepared weights and bound calls for one state of a weight.
 
     A state is told by the identity and version counter of each tensor the weight is made of, the sum of their
-    data pointers, and the count of fused optimizer steps. The pointers cannot be reused by other memory while the state lives,
-    because ``aliases`` keeps the storages. Writes through ``Tensor.data`` move no version counter and stay
-    unseen until ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
+    data pointers, and the count of fused optimizer steps. The pointers cannot be reused by other memory while
+    the state lives, because ``aliases`` keeps the storages. Writes through ``Tensor.data`` move no version
+    counter and stay unseen until ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
 
     While a CUDA graph is captured nothing is kept: weights made there lie in the graph's own memory and have
     no values before its first replay.
@@ -82,8 +82,9 @@ class Prepared:
         Parametrized and pruned tensors are computed anew at every call; inference tensors count no versions.
         """
         for table, names in weight.tables():
-            plain = {n for n, t in table.items() if type(t) in PLAIN and not t.is_inference()}  # type: ignore[union-attr]
-            if plain != set(names) or len(plain) < len(table):
+            held: dict[str, Any] = table
+            plain = {name for name, t in held.items() if type(t) in PLAIN and not t.is_inference()}
+            if plain != set(names) or len(plain) < len(held):
                 return None
         return cls(weight)
 

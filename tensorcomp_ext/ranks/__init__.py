@@ -9,6 +9,7 @@ from .evbmf import EVBMFResult, evbmf
 from .layouts import RankLayout, rank_layout
 from .network_layouts import NetworkLayout
 from .rules import VBMF, Energy, Flops, Params, RankRule, Ratio
+from .sparse_layouts import NoRanks
 from .specs import RankSpec, parse_rank, resolve_rank
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Energy",
     "Flops",
     "NetworkLayout",
+    "NoRanks",
     "Params",
     "RankLayout",
     "RankRule",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from .. import decompose
 from ..formats.base import no_structure
 
 Ranks = tuple[int, ...]
+LayoutMaker = TypeVar("LayoutMaker", bound=Callable[..., "RankLayout"])
 
 
 class Pixels(NamedTuple):
@@ -72,12 +73,22 @@ class RankLayout(ABC):
         return ranks[0] if len(ranks) == 1 else ranks
 
 
-_LAYOUTS: dict[str, type[RankLayout]] = {}
+_LAYOUTS: dict[str, Callable[..., RankLayout]] = {}
 
 
 def register_layout(layout: type[RankLayout]) -> type[RankLayout]:
     _LAYOUTS[layout.format] = layout
     return layout
+
+
+def register_layout_maker(*formats: str) -> Callable[[LayoutMaker], LayoutMaker]:
+    """Decorator of a function that says whose ranks those of these formats are."""
+
+    def register(maker: LayoutMaker) -> LayoutMaker:
+        _LAYOUTS.update(dict.fromkeys(formats, maker))
+        return maker
+
+    return register
 
 
 def rank_layout(weight: Tensor, format: str, **options: Any) -> RankLayout:

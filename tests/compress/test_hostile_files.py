@@ -213,7 +213,7 @@ class Shorter(SmallNet):
     [
         (Wider, "another model.*out_features"),
         (Longer, r"lacks tail\.bias, tail\.weight"),
-        (Grouped, "grouped"),
+        (Grouped, "has groups 1, the model's has 2"),
         (Shorter, r"has too norm\.bias, norm\.weight"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "no such module"),
         (lambda: nn.Linear(3, 3), "no such module"),

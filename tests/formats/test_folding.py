@@ -178,6 +178,7 @@ def test_dtype_copies_and_pickles(cls: Any) -> None:
 
 
 def test_registered_layers() -> None:
-    assert format_names("linear") == ["cp", "svd", "tr", "tr_matrix", "tt", "ttm", "tucker"]
-    assert format_names("conv") == ["cp", "tr", "tt", "ttm", "tucker", "tucker2"]
+    sparse = ["lowrank_sparse", "lowrank_sparse_packed"]
+    assert format_names("linear") == ["cp", *sparse, "svd", "tr", "tr_matrix", "tt", "ttm", "tucker"]
+    assert format_names("conv") == ["cp", *sparse, "tr", "tt", "ttm", "tucker", "tucker2"]
     assert format_names("embedding") == ["tr_matrix", "ttm"]

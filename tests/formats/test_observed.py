@@ -49,7 +49,7 @@ def test_bad_masks_are_named(name: str) -> None:
     cls, weight = get_format(name), torch.randn(6, 8)
     with pytest.raises(ValueError, match=r"must be \[6, 8\], got \[8, 6\]"):
         cls.from_observed(weight, torch.ones(8, 6, dtype=torch.bool), 2)
-    with pytest.raises(TypeError, match="mask must be a bool tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch\.float32"):
         cls.from_observed(weight, torch.ones(6, 8), 2)
     with pytest.raises(ValueError, match="leaves no entry to fit"):
         cls.from_observed(weight, torch.zeros(6, 8, dtype=torch.bool), 2)
