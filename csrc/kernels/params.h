@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "chain_program.h"
+#include "contract_program.h"
 
 namespace tensorcomp {
 
@@ -170,6 +171,25 @@ struct ChainBackwardPlan {
   int64_t sums[kMaxChainSteps] = {}, between[kMaxChainSteps] = {};
   int64_t bias_sums = 0, summed_words = 0;
   int64_t entered = 0, grad_entered = 0, ping = 0, pong = 0, dense = 0, taps = 0, temporary = 0;
+};
+
+// A contraction of cores, or its gradients where `grad` is given. Everything float32 and contiguous.
+struct ContractParams {
+  const ContractProgram* program = nullptr;
+  const float* cores[kMaxContractCores] = {};
+  float* saved = nullptr;  // the intermediates: written, or read where gradients are made
+  float* result = nullptr;
+  const float* grad = nullptr;
+  uint32_t wanted = 0;                        // tensors of the program whose gradients are made
+  float* grad_cores[kMaxContractCores] = {};  // those of wanted cores
+  void* scratch = nullptr;                    // scratch_bytes of the plan, 64-byte aligned
+};
+
+// As ChainPlan. Offsets in words: packed operands come first, then the intermediates' gradients.
+struct ContractPlan {
+  int64_t phases = 1, parts = 1;
+  size_t scratch_bytes = 0;
+  int64_t grads = 0, own = 0, own_words = 0;
 };
 
 }  // namespace tensorcomp

@@ -4,34 +4,12 @@
 #include <deque>
 
 #include "check.h"
-#include "problem.h"
+#include "guarded.h"
 
 using namespace tensorcomp;
 using namespace tensorcomp::test;
 
 namespace {
-
-// A result between two zones that nobody may write.
-class Guarded {
- public:
-  Guarded(DType dtype, int64_t count) : all_(dtype, count + 2 * kZone), count_(count) {
-    for (int64_t i = 0; i < count + 2 * kZone; ++i) all_.set(i, kMark);
-  }
-  void* get() const { return static_cast<char*>(all_.get()) + kZone * static_cast<int64_t>(all_.size()); }
-  double operator[](int64_t i) const { return all_[i + kZone]; }
-  bool whole() const {
-    for (int64_t i = 0; i < kZone; ++i) {
-      if (all_[i] != kMark || all_[i + kZone + count_] != kMark) return false;
-    }
-    return true;
-  }
-
- private:
-  static constexpr int64_t kZone = 64;
-  static constexpr float kMark = -77.0f;
-  Array all_;
-  int64_t count_;
-};
 
 struct ChainCase {
   const char* name;
@@ -49,8 +27,6 @@ const ChainCase kCases[] = {
     {"train",
      {3, 9, 4, 16, 3, 1, 0, 2, 5, 6, 4, 2, 3, 0, 1, 2, 1, 2, 2, 7, 3, 4, 0, 2, 3, 1, 2, 2, 3, 1, 8, 3, 0, 1, 2}},
 };
-
-using Doubles = std::vector<double>;
 
 // The dims of one row visited by index: calls each(in, out, row, column) for every multiply-add of a step.
 template <class Each>
@@ -133,23 +109,6 @@ struct ChainProblem {
     return all;
   }
 };
-
-template <class Run>
-void run_phases(int64_t phases, int64_t parts, const Run& run) {
-  for (int64_t phase = 0; phase < phases; ++phase) {
-    for (int64_t part = parts; part-- > 0;) run(phase, part);
-  }
-}
-
-double distance(const Guarded& found, const Doubles& right) {
-  double wrong = 0, whole = 0;
-  for (size_t i = 0; i < right.size(); ++i) {
-    const double d = found[static_cast<int64_t>(i)] - right[i];
-    wrong += d * d;
-    whole += right[i] * right[i];
-  }
-  return whole > 0 ? std::sqrt(wrong / whole) : std::sqrt(wrong);
-}
 
 void check_forward(const ChainProblem& problem, int64_t threads, bool epilogue, double tolerance) {
   const ChainProgram& program = problem.program;

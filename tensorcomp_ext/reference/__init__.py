@@ -6,6 +6,7 @@ work in any floating dtype (float64 included) on any device, and are differentia
 
 from .bottleneck_conv import bottleneck_conv2d
 from .chain import chain
+from .contract import contract
 from .cp_conv import cp_conv2d
 from .lowrank_sparse_linear import lowrank_sparse_linear
 from .lowrank_sparse_weight import lowrank_sparse_weight
@@ -20,6 +21,7 @@ from .two_factor_linear import two_factor_linear
 __all__ = [
     "bottleneck_conv2d",
     "chain",
+    "contract",
     "cp_conv2d",
     "lowrank_sparse_linear",
     "lowrank_sparse_weight",

@@ -29,9 +29,8 @@ inline int64_t inner_n(const ChainStep& s) {
   return run;
 }
 
-template <class T>
-inline ChainForm chain_form(const ChainProgram& p, int at) {
-  const ChainStep& s = p.steps[at];
+// Of a step on floats.
+inline ChainForm step_form(const ChainStep& s) {
   ChainForm f;
   if (s.n_count == 0 || s.n[s.n_count - 1].out != 1) {
     for (int i = 0; i < s.row_count; ++i) {
@@ -40,6 +39,13 @@ inline ChainForm chain_form(const ChainProgram& p, int at) {
       f.scatter = !f.rows && s.n_count > 0;
     }
   }
+  return f;
+}
+
+template <class T>
+inline ChainForm chain_form(const ChainProgram& p, int at) {
+  const ChainStep& s = p.steps[at];
+  ChainForm f = step_form(s);
   if constexpr (T::kPairs) {
     if (f.rows || !has_unit_k(s)) return f;
     if (at > 0 && chain_form<Bfloat16Widened>(p, at - 1).scatter) return f;
@@ -89,48 +95,4 @@ inline int64_t packed_words(const ChainStep& s, const ChainForm& f) {
   if (f.rows) return round_up(s.n_size * k, 16);
   const int64_t run = packed_run(s, f);
   return round_up(s.n_size / run * k * padded_columns(run), 16);
-}
-
-// Entry (n, k) of the matrix is from[row * new_stride + column * sum_stride].
-template <class T>
-inline void pack_step(const ChainStep& s, const ChainForm& f, const typename T::Element* from, int64_t new_stride,
-                      int64_t sum_stride, float* to) {
-  const int64_t k_step = uniform_stride(s.k, s.k_count, column_of) * sum_stride;
-  const int64_t n_step = uniform_stride(s.n, s.n_count, row_of) * new_stride;
-  const auto entry = [&](int64_t n, int64_t k) {
-    return from[matrix_offset(s.n, s.n_count, row_of, n) * new_stride +
-                matrix_offset(s.k, s.k_count, column_of, k) * sum_stride];
-  };
-  if (f.rows) {
-    if (k_step && n_step) {
-      pack_rows<T>(from, s.n_size, n_step, 1, 0, s.k_size, k_step, to);
-      return;
-    }
-    for (int64_t n = 0; n < s.n_size; ++n) {
-      for (int64_t k = 0; k < s.k_size; ++k) *to++ = to_float(entry(n, k));
-    }
-    return;
-  }
-  const int64_t run = packed_run(s, f), words_k = words<T>(s.k_size);
-  for (int64_t first = 0; first < s.n_size; first += run, to += words_k * padded_columns(run)) {
-    if (k_step && n_step) {
-      pack_columns<T>(from + first * n_step, 1, 0, s.k_size, k_step, run, n_step, to);
-      continue;
-    }
-    for (int64_t unit = 0, units = unit_count(run); unit < units;) {
-      const int wide = panel_units(units - unit);
-      const int64_t width = wide * kUnit;
-      uint32_t* panel = reinterpret_cast<uint32_t*>(to) + unit * kUnit * words_k;
-      for (int64_t w = 0; w < words_k; ++w) {
-        for (int64_t i = 0; i < width; ++i, ++panel) {
-          const int64_t n = unit * kUnit + i, k = T::kPairs ? 2 * w : w;
-          typename T::Element both[2] = {};
-          if (n < run) both[0] = entry(first + n, k);
-          if (n < run && T::kPairs && k + 1 < s.k_size) both[1] = entry(first + n, k + 1);
-          *panel = make_word<T>(both, 0, 1, false);
-        }
-      }
-      unit += wide;
-    }
-  }
 }

@@ -15,6 +15,7 @@ namespace tensorcomp {
   EmbeddingKernels embedding_bfloat16();   \
   ChainKernels chain_float32();            \
   ChainKernels chain_bfloat16();           \
+  ContractKernels contract();              \
   double fma_peak(double seconds);         \
   }
 
@@ -71,7 +72,8 @@ const Tables& tables() {
                   avx512_bf16::chain_bfloat16(),
                   avx512_bf16_peak,
                   avx512::embedding_float32(),
-                  avx512::embedding_bfloat16()};
+                  avx512::embedding_bfloat16(),
+                  avx512::contract()};
     t.available[i++] = avx512 && __builtin_cpu_supports("avx512bf16");
     t.table[i] = {"avx512",
                   3,
@@ -81,7 +83,8 @@ const Tables& tables() {
                   avx512::chain_bfloat16(),
                   avx512_peak,
                   avx512::embedding_float32(),
-                  avx512::embedding_bfloat16()};
+                  avx512::embedding_bfloat16(),
+                  avx512::contract()};
     t.available[i++] = avx512;
     t.table[i] = {"avx2",
                   2,
@@ -91,7 +94,8 @@ const Tables& tables() {
                   avx2::chain_bfloat16(),
                   avx2_peak,
                   avx2::embedding_float32(),
-                  avx2::embedding_bfloat16()};
+                  avx2::embedding_bfloat16(),
+                  avx2::contract()};
     t.available[i++] = avx2;
 #endif
     t.table[i] = {"portable",
@@ -102,7 +106,8 @@ const Tables& tables() {
                   portable::chain_bfloat16(),
                   portable_peak,
                   portable::embedding_float32(),
-                  portable::embedding_bfloat16()};
+                  portable::embedding_bfloat16(),
+                  portable::contract()};
     t.available[i] = true;
     return t;
   }();

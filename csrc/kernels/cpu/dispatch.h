@@ -40,6 +40,12 @@ struct ChainKernels {
   void (*backward_run)(const ChainBackwardParams&, const ChainBackwardPlan&, int64_t phase, int64_t part);
 };
 
+// Contractions of float32 cores.
+struct ContractKernels {
+  ContractPlan (*plan)(const ContractParams&, int64_t threads);
+  void (*run)(const ContractParams&, const ContractPlan&, int64_t phase, int64_t part);
+};
+
 struct KernelTable {
   const char* name;  // "avx512_bf16" | "avx512" | "avx2" | "portable"
   int32_t id;
@@ -50,6 +56,7 @@ struct KernelTable {
   double (*fma_peak)(bool bfloat16, double seconds);
   EmbeddingKernels embedding_float32;
   EmbeddingKernels embedding_bfloat16;
+  ContractKernels contract;
 
   const BottleneckKernels& bottleneck(DType dtype) const {
     return dtype == DType::kFloat32 ? bottleneck_float32 : bottleneck_bfloat16;

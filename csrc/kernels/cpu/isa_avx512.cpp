@@ -24,6 +24,7 @@ EmbeddingKernels embedding_float32() { return Embedding<Float32Entry>::table(); 
 EmbeddingKernels embedding_bfloat16() { return Embedding<Bfloat16Entry>::table(); }
 ChainKernels chain_float32() { return Chain<Float32>::table(); }
 ChainKernels chain_bfloat16() { return Chain<Bfloat16Widened>::table(); }
+ContractKernels contract() { return contract_kernels(); }
 double fma_peak(double seconds) { return measure_peak<FloatDot>(seconds); }
 }  // namespace tensorcomp::avx512
 
