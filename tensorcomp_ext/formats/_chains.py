@@ -92,9 +92,9 @@ class ChainFormat(NetworkFormat):
         taps = self.factors[len(folding.in_modes)]  # [A, taps, B]
         ring = self.factors[0].shape[0]
         return BottleneckConv(
-            self.merged("in").reshape(folding.shape[1], -1),
+            self.merged("in", (folding.shape[1], -1)),
             taps.permute(2, 0, 1).unflatten(2, folding.kernel),
-            self.merged("out").reshape(folding.shape[0], -1),
+            self.merged("out", (folding.shape[0], -1)),
             ring=ring,
         )
 

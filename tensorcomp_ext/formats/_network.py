@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ._contraction import contraction
+from ..ops._contraction_products import contraction
+from ..ops.contract import native_support
 from ._modes import Folding, fold
 from .base import Format, Rank, as_parameter, check_factor, clip_rank
 from .forms import Network
@@ -233,24 +234,27 @@ class NetworkFormat(Format):
     def to_dense(self) -> Tensor:
         """The dense weight, in the cheapest order of contraction; cost :meth:`rebuild_macs`."""
         folding = self.folding
-        whole = self._rebuild(self.factors)  # [*out modes, *in modes as stored, *taps]
-        dense = whole.reshape(-1, folding.shape[1], *folding.kernel)
+        # From [*out modes, *in modes as stored, *taps].
+        dense = self._rebuild(self.factors, (-1, folding.shape[1], *folding.kernel))
         return dense if dense.shape[0] == folding.shape[0] else dense[: folding.shape[0]]
 
     def rebuild_macs(self) -> int:
         wiring = self.wiring
         return contraction(wiring.labels, self.sizes, wiring.outputs + wiring.inputs + wiring.taps).macs
 
+    def rebuilds_natively(self) -> bool:
+        return bool(self._rebuild.program) and native_support(self.factors).ok
+
     def network(self) -> Network:
         """The factors as a network from in modes to out modes."""
         wiring = self.wiring
         return Network(self.factors, wiring.labels, wiring.outputs, wiring.inputs)
 
-    def merged(self, key: str) -> Tensor:
-        """The factors of a part of :meth:`parts` as one tensor; a view where it is one factor."""
+    def merged(self, key: str, shape: Sequence[int]) -> Tensor:
+        """The factors of a part of :meth:`parts` as one tensor of ``shape``; of one factor a view."""
         part, contract = self._parts[key]
         factors = self.factors
-        return contract([factors[place] for place in part.places])
+        return contract([factors[place] for place in part.places], shape)
 
     def extra_repr(self) -> str:
         options = "".join(f", {key}={tuple(value)}" for key, value in self.structure.items())

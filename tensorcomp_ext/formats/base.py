@@ -72,6 +72,14 @@ class Format(nn.Module, ABC):
     def rebuild_macs(self) -> int:
         """Multiply-adds of :meth:`to_dense`."""
 
+    def rebuild_products(self) -> int:
+        """Products of two tensors, one after the other, that :meth:`to_dense` takes."""
+        return len(self.factor_names) - 1
+
+    def rebuilds_natively(self) -> bool:
+        """Whether :meth:`to_dense` makes all its products in one call of our kernel outside of tracing."""
+        return False
+
     @classmethod
     @abstractmethod
     def factor_shapes(cls, shape: Sequence[int], rank: Rank, **structure: Any) -> tuple[tuple[int, ...], ...]:

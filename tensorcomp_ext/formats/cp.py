@@ -103,8 +103,8 @@ class CP(NetworkFormat):
         if not folding.kernel:
             return self.network()
         return BottleneckConv(
-            self.merged("in").reshape(folding.shape[1], -1),
-            self.merged("taps").unsqueeze(1),
-            self.merged("out").reshape(folding.shape[0], -1),
+            self.merged("in", (folding.shape[1], -1)),
+            self.merged("taps", (-1, 1, *folding.kernel)),
+            self.merged("out", (folding.shape[0], -1)),
             depthwise=True,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ._contraction import Contraction, contraction
+from ..ops._contraction_products import Contraction, contraction
 from .forms import BottleneckConv, Form, Network, TwoFactor
 
 Labels = Sequence[Sequence[int]]
@@ -25,8 +25,8 @@ class TwoFactorPlan:
     rank: int
 
     def __call__(self, cores: Sequence[Tensor]) -> TwoFactor:
-        a = self.make_left([cores[place] for place in self.left]).reshape(-1, self.rank)
-        b = self.make_right([cores[place] for place in self.right]).reshape(self.rank, -1)
+        a = self.make_left([cores[place] for place in self.left], (-1, self.rank))
+        b = self.make_right([cores[place] for place in self.right], (self.rank, -1))
         return TwoFactor(a, b)
 
     @property

@@ -111,7 +111,7 @@ class Tucker(NetworkFormat):
             return self.network()
         out_ranks, in_ranks = self._side_ranks()
         return BottleneckConv(
-            self.merged("in").reshape(folding.shape[1], -1),
-            self.merged("core").reshape(math.prod(out_ranks), math.prod(in_ranks), *folding.kernel),
-            self.merged("out").reshape(folding.shape[0], -1),
+            self.merged("in", (folding.shape[1], -1)),
+            self.merged("core", (math.prod(out_ranks), math.prod(in_ranks), *folding.kernel)),
+            self.merged("out", (folding.shape[0], -1)),
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import CP, BottleneckConv, Network, PackedSum, SparseSum, TapNetwork, TwoFactor, two_factor
-from ..formats._contraction import contraction
+from ..ops._contraction_products import contraction
 
 if TYPE_CHECKING:
     from .conv import _FactorizedConv
@@ -84,7 +84,7 @@ def _tap_convolutions(form: TapNetwork, every: tuple[int, ...]) -> list[Convolut
 def _matrix(network: Network) -> Tensor:
     whole = contraction(network.labels, network.sizes, network.outputs + network.inputs)
     rows = math.prod(network.sizes[label] for label in network.outputs)
-    return whole(network.cores).reshape(rows, -1)
+    return whole(network.cores, (rows, -1))
 
 
 def matrices(layer: FactorizedLinear) -> Sequence[Tensor]:

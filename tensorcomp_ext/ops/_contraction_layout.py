@@ -8,16 +8,15 @@ from functools import lru_cache
 from itertools import pairwise, permutations
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ._chain_program import Program, Step
-from ._contraction import Group, Order, Structure, merge_plan
+from ._contraction import Group, Order, Structure
+from ._contraction_products import Contraction, group_contraction
 
 _BEAM = 24
 _WIDE = 8
 """Trailing entries that fill a vector: from here on a product over an inner dim needs no packing."""
-_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _Layout = tuple[int, ...]
 _Sets = list[tuple[frozenset[int], frozenset[int]]]
@@ -25,22 +24,15 @@ _Sets = list[tuple[frozenset[int], frozenset[int]]]
 
 
 class Recipe(NamedTuple):
-    """How the matrix of a step is made from the cores: products of pairs, then a reshape."""
+    """How the matrix of a step is made from the cores: their contraction, then a reshape."""
 
     cores: Group
-    products: tuple[tuple[int, int, str], ...]
-    """Places of two operands, the cores first and then each product, and the einsum that multiplies them."""
-    last: str
-    """The einsum that leaves rows and columns of the matrix in order; empty where nothing has to be moved."""
+    contraction: Contraction
     shape: tuple[int, int]
 
     def build(self, cores: Sequence[Tensor]) -> Tensor:
         """The matrix ``[prod(new), prod(contracted)]``, differentiable in the cores."""
-        operands = [cores[core] for core in self.cores]
-        for first, second, equation in self.products:
-            operands.append(torch.einsum(equation, operands[first], operands[second]))
-        merged = torch.einsum(self.last, operands[-1]) if self.last else operands[-1]
-        return merged.reshape(self.shape)
+        return self.contraction([cores[core] for core in self.cores], self.shape)
 
 
 class Chain(NamedTuple):
@@ -243,49 +235,14 @@ def _recipe(structure: Structure, group: Group, rows: _Layout, columns: _Layout)
     """How to make the matrix of a group with these labels, in this order."""
     size_of = structure.size_of
     count = len(structure.labels)
-    held: dict[Group, int] = {}
-    carried: list[tuple[int, ...]] = []
-    for place, core in enumerate(group):
-        held[(core,)] = place
-        carried.append(structure.labels[core])
-    ends = {*structure.outputs, *structure.inputs}
-    products: list[tuple[int, int, str]] = []
-    for first, second in merge_plan(structure, group).pairs:
-        a, b = held[first], held[second]
-        both = tuple(sorted((*first, *second)))
-        outside = ends.union(*(structure.labels[c] for c in range(count) if c not in both))
-        result = tuple(dict.fromkeys(label for label in (*carried[a], *carried[b]) if label in outside))
-        products.append((a, b, einsum_equation([carried[a], carried[b]], result)))
-        held[both] = len(carried)
-        carried.append(result)
-    wanted, made = (*rows, *columns), carried[-1]
-    if products and set(wanted) == set(made):
-        # The last product writes its result in order.
-        a, b, _ = products[-1]
-        products[-1] = a, b, einsum_equation([carried[a], carried[b]], wanted)
-        made = wanted
-    in_order = wanted == tuple(label for label in made if label in wanted) and len(set(made)) == len(made)
+    wanted = (*rows, *columns)
+    outside = {*structure.outputs, *structure.inputs}.union(
+        *(structure.labels[core] for core in range(count) if core not in group)
+    )
+    carried = dict.fromkeys(label for core in group for label in structure.labels[core] if label in outside)
+    dropped = tuple(label for label in carried if label not in wanted)  # of size 1: they move nothing
     return Recipe(
         group,
-        tuple(products),
-        ""
-        if in_order and _numel(made, size_of) == _numel(wanted, size_of)
-        else einsum_equation([made], wanted),
+        group_contraction(structure, group, (*wanted, *dropped)),
         (_numel(rows, size_of), _numel(columns, size_of)),
     )
-
-
-def einsum_equation(operands: Sequence[tuple[int, ...]], result: tuple[int, ...]) -> str:
-    """The einsum of operands with these labels whose result has the labels ``result``.
-
-    Raises:
-        ValueError: more labels than einsum has letters.
-    """
-    count = len({label for operand in operands for label in operand})
-    if count > len(_LETTERS):
-        raise ValueError(f"einsum: a product must have at most {len(_LETTERS)} labels, got {count}")
-    labels = {
-        label: _LETTERS[i] for i, label in enumerate(dict.fromkeys(label for o in operands for label in o))
-    }
-    left = ",".join("".join(labels[label] for label in operand) for operand in operands)
-    return f"{left}->{''.join(labels[label] for label in result)}"

@@ -20,7 +20,8 @@ from tensorcomp_ext.ops._contraction import (
     merge_plan,
     order_cost,
 )
-from tensorcomp_ext.ops._contraction_layout import chain_of, einsum_equation
+from tensorcomp_ext.ops._contraction_layout import chain_of
+from tensorcomp_ext.ops._contraction_products import einsum_equation
 from tensorcomp_ext.ops._library_chain import library_chain
 from tensorcomp_ext.ops._network_linear import matrix_structure, train_structure
 
