@@ -14,6 +14,7 @@ from .channels_last import laid_out, weight_layout
 from .embedding import dense_stages, dense_support, lookup
 from .geometry import Bound
 from .layer import PlannedLayer
+from .rebuild import rebuild_stage
 
 
 @register_plan("dense")
@@ -39,9 +40,7 @@ class Dense(Plan):
             # At each call oneDNN copies the weight into the order its kernel reads.
             stages.append(Stage(kind, 0, width, 2 * weights))
         if case.training or case.prefer == "memory":
-            ranks = layer.weight.rank
-            inner = ranks if isinstance(ranks, int) else min(ranks, default=1)
-            stages.append(Stage("linear", layer.weight.rebuild_macs(), inner, layer.weight.numel + weights))
+            stages.append(rebuild_stage(layer, case))
         return stages
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .embedding_geometry import EmbeddingGeometry
 from .geometry import Bound
 from .layer import PlannedLayer
 from .parts import RECOMPUTED
+from .rebuild import rebuild_stage
 from .training import TrainingCall
 
 _ORDERING = 16
@@ -56,10 +57,8 @@ def dense_stages(layer: PlannedLayer, case: Case) -> list[Stage]:
     indices = math.prod(case.shape)
     stages = [Stage("linear", 0, dim, indices * (2 * dim + 1))]
     if case.training or case.prefer == "memory":
-        inner = min(core.shape[0] for core in layer.weight.factors[1:] or layer.weight.factors)
-        stages.append(
-            Stage("linear", layer.weight.rebuild_macs(), inner, layer.weight.numel + 2 * rows * dim)
-        )
+        rebuilt = rebuild_stage(layer, case)
+        stages.append(rebuilt._replace(elements=rebuilt.elements + rows * dim))
     return stages
 
 

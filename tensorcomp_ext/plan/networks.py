@@ -19,6 +19,7 @@ from .case import Case, autocast_dtype
 from .cost import entry_size, machine_rates, stage_seconds
 from .geometry import LinearGeometry
 from .rates import Rates
+from .rebuild import merge_stage, merges_natively
 
 if TYPE_CHECKING:
     from .layer import PlannedLayer
@@ -54,6 +55,8 @@ class Seconds:
     factor: float
     """Work of a call over that of one forward: above 1 in training."""
     training: bool
+    natively: bool
+    """Whether our kernel merges the cores."""
     limit: int | None
     """Entries that a merged matrix may have where it has more than its cores; None for any number."""
     rates: Rates = field(hash=False)
@@ -67,7 +70,8 @@ class Seconds:
             return math.inf
         if not self.training or macs == 0:
             return 0.0
-        return stage_seconds(merge_stage(macs, size, stored, 1), self.rates, self.size, self.factor)
+        stage = _merge_stage(macs, size, stored, 1, self.natively)
+        return stage_seconds(stage, self.rates, self.size, self.factor)
 
 
 def product_stage(kind: str, rows: int, new: int, contracted: int) -> Stage:
@@ -78,9 +82,10 @@ def product_stage(kind: str, rows: int, new: int, contracted: int) -> Stage:
     return Stage(kind, macs, width, new * contracted, calls=0, inner=moved)
 
 
-def merge_stage(macs: int, size: int, stored: int, calls: int) -> Stage:
-    """Products of cores: small matrices, which the library multiplies one by one."""
-    return Stage("linear", macs, max(1, min(round(macs ** (1 / 3)), 64)), size + stored, calls)
+def _merge_stage(macs: int, size: int, stored: int, products: int, natively: bool) -> Stage:
+    """Products of cores at a training call: small matrices."""
+    width = max(1, min(round(macs ** (1 / 3)), 64))
+    return merge_stage(macs, size + stored, width, products, natively, training=True)
 
 
 def is_network(layer: PlannedLayer) -> bool:
@@ -108,17 +113,18 @@ def find(layer: PlannedLayer, case: Case, kind: str, groups: int | None, factor:
         groups: how many matrices it must have; None for any number but one, which is the dense weight.
         factor: of the plan's work in training, see ``Plan.backward_factor``.
     """
-    rows = math.prod(case.shape[:-1])
+    rows, network = math.prod(case.shape[:-1]), network_of(layer)
     cost = Seconds(
         kind,
         1 << max(0, rows - 1).bit_length(),  # powers of two: few orders are searched for
         entry_size(case),
         factor if case.training else 1.0,
         case.training,
+        merges_natively(network),
         math.prod(layer.weight.shape) // _FRUGAL if case.prefer == "memory" else None,
         machine_rates(layer, case),
     )
-    structure = structure_of(network_of(layer))
+    structure = structure_of(network)
     return _found(structure, cheapest_order(structure, cost, groups, whole=False))
 
 
@@ -166,12 +172,12 @@ def chain_stages(layer: PlannedLayer, found: Found, case: Case, kind: str) -> li
 def merge_stages(layer: PlannedLayer, found: Found) -> list[Stage]:
     """The products that make the matrices of groups of several cores."""
     network = network_of(layer)
-    structure, stages = structure_of(network), []
+    structure, natively, stages = structure_of(network), merges_natively(network), []
     for group, (new, contracted) in zip(found.order, found.chain.program.matrix_shapes(), strict=True):
         if len(group) > 1:
             stored = sum(network.cores[core].numel() for core in group)
             plan = merge_plan(structure, group)
-            stages.append(merge_stage(plan.macs, new * contracted, stored, len(plan.pairs)))
+            stages.append(_merge_stage(plan.macs, new * contracted, stored, len(plan.pairs), natively))
     return stages
 
 

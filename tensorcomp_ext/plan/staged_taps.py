@@ -13,8 +13,9 @@ from .base import Plan, Stage
 from .case import Case
 from .geometry import Bound, Geometry
 from .layer import PlannedLayer
-from .networks import Found, find_traced, matrices, merge_stage, product_stage
+from .networks import Found, find_traced, matrices, product_stage
 from .parts import in_autocast_dtype
+from .rebuild import merge_stage, merges_natively
 
 
 class StagedTaps(Plan):
@@ -38,8 +39,16 @@ class StagedTaps(Plan):
             kept = math.prod(found.chain.program.dims_after(place)) // contracted
             stages.append(product_stage("linear", pixels * kept, new, contracted))
         if case.training:
+            natively = merges_natively(form.network)
             stages += [
-                merge_stage(stored := sum(form.network.cores[c].numel() for c in group), stored, stored, 1)
+                merge_stage(
+                    stored := sum(form.network.cores[c].numel() for c in group),
+                    2 * stored,
+                    max(1, min(round(stored ** (1 / 3)), 64)),
+                    1,
+                    natively,
+                    training=True,
+                )
                 for group in found.order
                 if len(group) > 1
             ]

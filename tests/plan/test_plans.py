@@ -12,6 +12,7 @@ from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv2d, FactorizedLine
 from tensorcomp_ext.ops import Support
 from tensorcomp_ext.plan import Case, Fused, cache, cost, get_plan, plans_for, rates, register_plan
 from tensorcomp_ext.plan.memory_format import memory_layout
+from tensorcomp_ext.plan.rebuild import rebuild_stage
 
 
 def fixed_rates(fused: float = 2e10) -> rates.Rates:
@@ -244,3 +245,18 @@ def test_parameters_of_one_form_only() -> None:
         TypeError, match="two-dimensional bottleneck convolutions, linear layers and embeddings"
     ):
         get_plan("fused").run(layer, torch.ones(1, 6, 9))
+
+
+def test_price_of_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernel makes all products in one call each way; the library's follow one another."""
+    layer = FactorizedConv2d(16, 16, 3, format="tr", rank=4, in_modes=(4, 4), out_modes=(4, 4))
+    case, macs = case_of((1, 16, 8, 8)), layer.weight.rebuild_macs()
+    for natively in (True, False):
+        monkeypatch.setattr(type(layer.weight), "rebuilds_natively", lambda self, found=natively: found)
+        once, trained = (rebuild_stage(layer, case._replace(training=t)) for t in (False, True))
+        assert once.macs == trained.macs == macs
+        assert once.elements == layer.weight.numel + layer.weight.shape.numel()
+        if natively:
+            assert once.kind == trained.kind == "chain" and (once.calls, trained.calls) == (1, 2)
+        else:
+            assert once == trained and once.kind == "linear" and once.calls == 4 and once.width == 4

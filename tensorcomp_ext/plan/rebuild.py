@@ -1,0 +1,41 @@
+"""What it costs to multiply factors with each other at a call, as stages of the cost model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from ..formats import Network
+from ..ops.contract import native_support
+from .base import Stage
+from .case import Case
+from .layer import PlannedLayer
+
+
+def merges_natively(network: Network) -> bool:
+    """Whether the ``contract`` op merges cores of a network: no label is in three of them."""
+    count = Counter(label for labels in network.labels for label in labels)
+    return max(count.values()) <= 2 and native_support(network.cores).ok
+
+
+def merge_stage(macs: int, moved: int, width: int, products: int, natively: bool, training: bool) -> Stage:
+    """Products of factors, ``moved`` numbers of factors and result.
+
+    Natively all in one call forward and one backward, at the rate of chains of products; else products of the
+    library, one by one, of matrices that are ``width`` wide.
+    """
+    if natively:
+        return Stage("chain", macs, max(1, min(round(macs ** (1 / 3)), 64)), moved, 2 if training else 1)
+    return Stage("linear", macs, width, moved, products)
+
+
+def rebuild_stage(layer: PlannedLayer, case: Case) -> Stage:
+    """The dense weight from its factors."""
+    weight = layer.weight
+    ranks = weight.rank
+    inner = ranks if isinstance(ranks, int) else min(ranks, default=1)
+    moved = weight.numel + math.prod(weight.shape)
+    natively = weight.rebuilds_natively()
+    return merge_stage(
+        weight.rebuild_macs(), moved, inner, weight.rebuild_products(), natively, case.training
+    )
