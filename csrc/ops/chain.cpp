@@ -101,6 +101,7 @@ Tensor pack_chain(const char* name, const std::vector<int64_t>& numbers, const s
   const PackedHeader header = packed_header(chain, dtype);
   const size_t front = numbers_bytes(header.numbers);
   return packed_behind(header, front + static_cast<size_t>(header.bytes), [&](void* to) {
+    std::memset(to, 0, front + static_cast<size_t>(header.bytes));  // what lies between is not somebody's memory
     std::memcpy(to, numbers.data(), numbers.size() * sizeof(int64_t));
     kernel_table().chain(dtype).pack(chain.program, from.data(), static_cast<char*>(to) + front);
   });

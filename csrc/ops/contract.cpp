@@ -14,43 +14,50 @@ namespace {
 
 // A program for cores of certain sizes; to lay one out takes longer than to run it.
 struct KnownContraction {
-  std::vector<int64_t> key;  // the program's numbers and all cores' dims and sizes
   bool sound;
   ContractProgram program;
 };
 
 using Known = std::shared_ptr<const KnownContraction>;
 
-// Hits are all that matters: a program that loses its place to another is read again.
+struct HashOfNumbers {
+  size_t operator()(const std::vector<int64_t>& numbers) const {
+    uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+    for (const int64_t number : numbers) hash = (hash ^ static_cast<uint64_t>(number)) * 0x100000001b3;
+    return static_cast<size_t>(hash ^ hash >> 32);
+  }
+};
+
 Known known_contraction(const std::vector<Tensor>& cores, const std::vector<int64_t>& numbers) {
-  constexpr size_t kPlaces = 256;
+  constexpr size_t kMost = 512;  // of some 32 KB; shapes that never come back must not stay for ever
   static std::mutex mutex;
-  static std::array<Known, kPlaces> places;
-  std::array<int64_t, 4 * kMaxContractCores * kMaxContractDims> key;
+  static std::unordered_map<std::vector<int64_t>, Known, HashOfNumbers> known;
   if (cores.size() > kMaxContractCores || numbers.size() > 2 * kMaxContractCores) return nullptr;
   std::array<ContractShape, kMaxContractCores> shapes;
-  size_t length = std::copy(numbers.begin(), numbers.end(), key.begin()) - key.begin();
+  // With both lengths in front, no other call has this key.
+  std::vector<int64_t> key;
+  key.reserve(2 + numbers.size() + cores.size() * (1 + kMaxContractDims));  // shapes point into it
+  key.push_back(static_cast<int64_t>(numbers.size()));
+  key.push_back(static_cast<int64_t>(cores.size()));
+  key.insert(key.end(), numbers.begin(), numbers.end());
   for (size_t i = 0; i < cores.size(); ++i) {
     const auto sizes = cores[i].sizes();
     if (sizes.size() > kMaxContractDims) return nullptr;
-    key[length++] = static_cast<int64_t>(sizes.size());
-    shapes[i] = {static_cast<int>(sizes.size()), key.data() + length};
-    for (const int64_t size : sizes) key[length++] = size;
+    key.push_back(static_cast<int64_t>(sizes.size()));
+    shapes[i] = {static_cast<int>(sizes.size()), key.data() + key.size()};
+    key.insert(key.end(), sizes.begin(), sizes.end());
   }
-  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a over the numbers
-  for (size_t i = 0; i < length; ++i) hash = (hash ^ static_cast<uint64_t>(key[i])) * 0x100000001b3;
-  Known* place = &places[(hash ^ hash >> 32) % kPlaces];
-  const auto begin = key.begin(), end = begin + static_cast<std::ptrdiff_t>(length);
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (*place && std::equal(begin, end, (*place)->key.begin(), (*place)->key.end())) return *place;
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
   }
   auto read = std::make_shared<KnownContraction>();
-  read->key.assign(begin, end);
   read->sound = decode_contract(numbers.data(), static_cast<int64_t>(numbers.size()), shapes.data(),
                                 static_cast<int>(cores.size()), &read->program);
   const std::lock_guard<std::mutex> lock(mutex);
-  return *place = std::move(read);
+  if (known.size() >= kMost) known.clear();
+  return known[std::move(key)] = std::move(read);
 }
 
 // The program, or null where the oracle serves or tells what is wrong.

@@ -15,6 +15,7 @@ from tensorcomp_ext.compress.selection import PLAIN
 from tensorcomp_ext.compress.swap import adopt, swapped
 from tensorcomp_ext.nn import FactorizedLayer, from_config
 from tensorcomp_ext.plan import PlannedLayer, import_choices
+from tensorcomp_ext.plan.memory_format import applies_channels_last
 
 GEOMETRY = (
     "in_channels",
@@ -56,6 +57,8 @@ def load_into(model: nn.Module, header: Header, tensors: Mapping[str, torch.Tens
             device = next(old.parameters()).device
             filled = new.to_empty(device=device)
             filled.load_state_dict({key: tensors[f"{name}.{key}"] for key in filled.state_dict()})
+            factorized = isinstance(old, FactorizedLayer)
+            filled.channels_last = old.channels_last if factorized else applies_channels_last(old.weight)
             made[id(old)] = adopt(filled, old)
         replacements[name] = made[id(old)]
 

@@ -165,11 +165,14 @@ class _FactorizedConv(FactorizedLayer):
     def to_dense(self) -> nn.Module:
         weight = self.weight.to_dense()
         every, bias = range(self.spatial), self.bias is not None
-        made = self._fill(self._torch_conv(weight, every, self.groups, bias), weight)
-        kept: Any = made.weight
+        return self._laid_out(self._fill(self._torch_conv(weight, every, self.groups, bias), weight))
+
+    def _laid_out(self, conv: nn.Module) -> nn.Module:
+        """A torch.nn convolution, in this layer's memory format."""
+        kept: Any = conv.weight
         if self.channels_last:
-            made.weight = nn.Parameter(as_channels_last(kept.data), kept.requires_grad)
-        return made
+            conv.weight = nn.Parameter(as_channels_last(kept.data), kept.requires_grad)
+        return conv
 
     def to_sequential(self) -> nn.Sequential:
         """Standard convolutions, exact: three for Tucker-2, Tucker and TT, each with this layer's bias last.
@@ -183,7 +186,7 @@ class _FactorizedConv(FactorizedLayer):
         for place, part in enumerate(parts):
             last = place == len(parts) - 1
             made = self._torch_conv(part.weight, part.along, part.groups, last and self.bias is not None)
-            layers.append(self._fill(made, part.weight, bias=last))
+            layers.append(self._laid_out(self._fill(made, part.weight, bias=last)))
         sequence = nn.Sequential(*layers)
         sequence.training = self.training
         return sequence

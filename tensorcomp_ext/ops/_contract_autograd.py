@@ -63,8 +63,10 @@ class Contract(torch.autograd.Function):
         with _below_autograd():
             result, saved = _forward(cores, program)
             if shape is not None:
-                result = result.view(shape)
+                # A plain view made here could not be written to in place.
+                result = _unsafe_view(result, shape)
         ctx.save_for_backward(saved, *cores)
+        ctx.set_materialize_grads(False)
         ctx.program = program
         if shape is not None:
             return result
@@ -72,8 +74,10 @@ class Contract(torch.autograd.Function):
         return result, saved
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, *cores = ctx.saved_tensors
+        if grad is None:
+            return None, None, *(None for _ in cores)
         wanted = ctx.needs_input_grad[2:]
         mapped = transformed() or _is_legacy_mapped(grad)  # lists of tensors have no fallback in a vmap
         if (_is_grad_enabled() or mapped) and not _is_compiling():
@@ -85,6 +89,8 @@ class Contract(torch.autograd.Function):
         found = _backward(grad, cores, saved, ctx.program, mask)
         return None, None, *[g if w else None for g, w in zip(found, wanted, strict=True)]
 
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 # See _conv_autograd.py on what this leaves out.
 _apply = super(torch.autograd.Function, Contract).apply

@@ -40,7 +40,9 @@ def oracle_gradients(
     count = len(tensors)
     with torch.enable_grad():
         if create_graph:
-            found = _derivatives(oracle, grad, tensors, wanted, create_graph=True)
+            # At its own place: a tensor that is given twice, or depends on another one, has one there, too.
+            places = [t.view_as(t) for t in tensors]
+            found = _derivatives(oracle, grad, places, wanted, create_graph=True)
         else:
             # The op's own kernel is called below autograd; what is differentiated here must be above it.
             with _ForceDispatchKeyGuard(_included(), _excluded() - _AUTOGRAD_KEYS):

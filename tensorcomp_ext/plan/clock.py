@@ -38,7 +38,8 @@ class CpuClock:
         # Without a sweep so long that the clock's own cost does not show; after one, only the first of
         # several calls would meet cold caches.
         self.shortest = 0.0 if cold else 5e-5
-        self._sweep = torch.zeros(_CPU_SWEEP * torch.get_num_threads() // 4) if cold else None
+        bytes_swept = _CPU_SWEEP * torch.get_num_threads() if cold else 0
+        self._sweep = torch.zeros(bytes_swept, dtype=torch.uint8, device="cpu") if cold else None
 
     def sample(self, call: Call, repeats: int = 1) -> float:
         """Seconds of one call, the mean of ``repeats``."""

@@ -140,7 +140,11 @@ class PlannedLayer(nn.Module, ABC):
                     return trained.call(self, x)
             elif (prepared := self._prepared) is not None:
                 bound = prepared.bound.get(_kind(x))
-                if bound is not None and "bias" in self._parameters and prepared.fresh():
+                if (
+                    bound is not None
+                    and "bias" in self._parameters
+                    and prepared.fresh(self._modules["weight"])
+                ):
                     return bound(x, self._parameters["bias"])
         return self._dispatch(x)
 
@@ -264,7 +268,7 @@ class PlannedLayer(nn.Module, ABC):
     def _renewed(self) -> Prepared | None:
         """The prepared state of the factors as they are now; None where a change could not be noticed."""
         state = self._prepared
-        if state is not None and state.fresh():
+        if state is not None and state.fresh(self.weight):
             return state
         self._prepared, self._chosen = Prepared.of(self.weight), {}
         return self._prepared
@@ -288,14 +292,14 @@ class PlannedLayer(nn.Module, ABC):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PlannedLayer:
         super()._apply(fn, recurse)
-        self.channels_last = self._converted(fn)
         self._forget()
+        self.channels_last = self._converted(fn)
         return self
 
     def _converted(self, fn: Callable[..., Any]) -> bool:
         """Whether the layer is channels-last after ``fn``, as ``.to(memory_format=…)`` applies to parameters.
 
-        The factors have no such format; a tensor of the dense weight's dimensions shows what becomes of it.
+        Factors need not have the dense weight's dimensions; a tensor that does shows what becomes of it.
         """
         last = CHANNELS_LAST.get(self.geometry.spatial + 2) if self.geometry.spatial else None
         if last is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..formats import TapNetwork
@@ -13,6 +12,7 @@ from .base import Plan, Stage
 from .case import Case
 from .geometry import Bound, Geometry
 from .layer import PlannedLayer
+from .memory_format import memory_layout
 from .networks import Found, find_traced, matrices, product_stage
 from .parts import in_autocast_dtype
 from .rebuild import merge_stage, merges_natively
@@ -82,11 +82,8 @@ def _convolve(
     z = z.reshape(batch, channels, *z.shape[1:])  # [N, S, R, H', W']
     pixels = z.movedim((2, 1), (-2, -1)).flatten(-2)  # [N, H', W', R S]
     y = library_chain(pixels, made, bias, program=found.chain.program)
-    memory = {2: torch.channels_last, 3: torch.channels_last_3d}.get(geometry.spatial)
     y = y.movedim(-1, 1)  # [N, T, H', W'], channels last in memory
-    if memory is not None and x.is_contiguous(memory_format=memory) and not x.is_contiguous():
-        return y
-    return y.contiguous()
+    return y if memory_layout(x) == "channels_last" else y.contiguous()
 
 
 def _found(form: TapNetwork) -> Found:

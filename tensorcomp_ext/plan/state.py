@@ -42,9 +42,9 @@ def capturing(device: torch.device) -> bool:
 class Prepared:
     """Prepared weights and bound calls for one state of a weight.
 
-    A state is told by the identity and version counter of each tensor the weight is made of, the sum of their
-    data pointers, and the count of fused optimizer steps. The pointers cannot be reused by other memory while
-    the state lives, because ``aliases`` keeps the storages. Writes through ``Tensor.data`` move no version
+    A state is told by the identity and version counter of each tensor the weight is made of, their data
+    pointers, and the count of fused optimizer steps. The pointers cannot be reused by other memory while the
+    state lives, because ``aliases`` keeps the storages. Writes through ``Tensor.data`` move no version
     counter and stay unseen until ``train()``, ``eval()``, ``to()`` or ``clear_cache()``.
 
     While a CUDA graph is captured nothing is kept: weights made there lie in the graph's own memory and have
@@ -61,14 +61,16 @@ class Prepared:
         "parameters",
         "pointers",
         "versions",
+        "weight",
         "weights",
     )
 
     def __init__(self, weight: Format) -> None:
-        """The tables of ``weight`` are looked up again whenever :meth:`fresh` is asked."""
+        """The tables that ``weight`` has now are asked again by :meth:`fresh`."""
+        self.weight = weight
         self.parameters, *self.others = [table for table, _ in weight.tables()]
         self.factors: list[Any] = [*self.parameters.values(), *_all(self.others)]
-        self.versions, self.pointers = [*map(_version, self.factors)], sum(map(_pointer, self.factors))
+        self.versions, self.pointers = [*map(_version, self.factors)], [*map(_pointer, self.factors)]
         self.fused_steps = _fused_steps[0]
         self.aliases = tuple(f.detach() for f in self.factors)
         self.device = next((f.device for f in self.factors), torch.device("cpu"))
@@ -88,20 +90,23 @@ class Prepared:
                 return None
         return cls(weight)
 
-    def fresh(self) -> bool:
-        """Whether the factors are still those this state was made from."""
+    def fresh(self, weight: object) -> bool:
+        """Whether ``weight`` and its factors are still those this state was made from."""
         # Every call pays for this, in a network with nothing of it in a cache: loops inside the
         # interpreter's own functions, and no object touched that need not be.
         factors = self.factors
         held: Any = self.parameters.values()
         if self.others:
+            if any(a is not b for a, b in zip(self.others, _others(self.weight), strict=True)):
+                return False
             held = [*held, *_all(self.others)]
         return (
-            self.fused_steps == _fused_steps[0]
+            weight is self.weight
+            and self.fused_steps == _fused_steps[0]
             and len(held) == len(factors)
             and all(map(is_, held, factors))
             and [*map(_version, factors)] == self.versions
-            and sum(map(_pointer, factors)) == self.pointers
+            and [*map(_pointer, factors)] == self.pointers
         )
 
     def keep(self, key: tuple[Any, ...], bound: Bound) -> None:
@@ -124,6 +129,11 @@ class Prepared:
             if not capturing(self.device):
                 self.weights[plan, dtype] = found
         return found
+
+
+def _others(weight: Format) -> list[Any]:
+    """The tables beside the first, of a weight that holds another one or buffers."""
+    return [table for table, _ in weight.tables()[1:]]
 
 
 def _all(tables: list[dict[str, Tensor | None]]) -> chain[Tensor | None]:

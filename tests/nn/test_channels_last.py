@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +117,31 @@ def test_the_rule_is_torchs(shape: tuple[int, ...]) -> None:
 
 def _form(weight: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     return weight.shape, weight.stride()
+
+
+@pytest.mark.parametrize("format", ["tucker2", "cp", "tucker", "tt", "tr", "ttm"])
+def test_every_plan_of_every_format_answers_in_it(format: str) -> None:
+    for c_in in (1, 4):
+        layer = FactorizedConv2d(c_in, 8, 3, format=format, rank=2).to(memory_format=CL).eval()
+        x = torch.randn(2, c_in, 6, 6)
+        expected = layer.to_dense()(x)
+        with torch.no_grad():
+            for plan in [candidate.plan for candidate in layer.plans(x) if candidate.reason is None]:
+                layer.plan = plan
+                found = layer(x)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+                assert memory_layout(found) == "channels_last", plan
+
+
+def test_standard_layers_and_loaded_ones_keep_the_format(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3)).eval().to(memory_format=CL)
+    small = tc.compress(net, format="tucker2", rank=0.9).model
+    tc.save(small, tmp_path / "small.safetensors")
+    again = tc.load(tmp_path / "small.safetensors", copy.deepcopy(net))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert (
+            memory_layout(again(x))
+            == memory_layout(again[2].to_sequential()(x[:, :1].expand(2, 12, 8, 8)))
+            == "channels_last"
+        )

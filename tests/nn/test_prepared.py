@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize
 
-from tensorcomp_ext.nn import FactorizedConv2d
+from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear
 from tensorcomp_ext.ops import tucker2_conv2d
 from tensorcomp_ext.plan import plans_for, state
 
@@ -350,3 +350,22 @@ def test_forced_native_code_refuses_transforms() -> None:
     with pytest.raises(ValueError, match="cannot serve: function transforms"):
         vmap(lambda x: tucker2_conv2d(x, *factors, backend="native"))(x)
     assert vmap(lambda x: tucker2_conv2d(x, *factors))(x).shape == (2, 2, 8, 5, 3)
+
+
+def test_weights_that_take_each_others_memory_are_noticed() -> None:
+    layer = FactorizedLinear(6, 6, bias=False, format="tt", rank=2, in_modes=(6,), out_modes=(6,)).eval()
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        layer(x)
+        first, second = layer.weight.factors
+        first.data, second.data = second.data.reshape(first.shape), first.data.reshape(second.shape)
+        torch.testing.assert_close(layer(x), x @ layer.weight.to_dense().T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_put_into_the_modules_is_noticed() -> None:
+    layer, other = (FactorizedLinear(6, 5, bias=False, format="svd", rank=2).eval() for _ in range(2))
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        layer(x)
+        layer._modules["weight"] = other.weight
+        torch.testing.assert_close(layer(x), other(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from chain_problems import PROGRAMS, ChainArguments, ChainCase, chain_oracle, pair, tensor_train_matrix
@@ -217,3 +219,47 @@ def test_what_is_too_long_goes_to_the_oracle() -> None:
     )
     with pytest.raises(ValueError, match=r"chain: backend='native' cannot serve: the native kernels take 12"):
         chain(x, matrices, program=many, backend="native")
+
+
+def test_the_packed_program_is_read_where_none_is_given(isa: str) -> None:
+    arguments = ChainCase("train").make()
+    packed = pack_chain(arguments.matrices, arguments.program)
+    y = OPS.chain_packed(arguments.x, packed, arguments.bias, [])
+    assert relative(y, chain_oracle(arguments)) <= 1e-5
+    assert torch.equal(packed, pack_chain(arguments.matrices, arguments.program))
+
+
+def test_hostile_packed_programs() -> None:
+    """Whatever a packed tensor says of itself, nothing is read outside it."""
+    arguments = ChainCase("train").make()
+    packed = pack_chain(arguments.matrices, arguments.program)
+    draw = random.Random(0)
+    words = packed[: packed.numel() // 8 * 8].view(torch.int64).numel()
+    count = 8 + len(program_numbers(arguments.program))  # the header, then the program
+    assert words > count
+    for _ in range(300):
+        bad = packed.clone()
+        numbers = bad[: 8 * count].view(torch.int64)
+        at = draw.randrange(count)
+        numbers[at] = draw.choice([0, 1, -1, 7, 1 << 20, 1 << 62, -(1 << 63), int(numbers[at]) + 1])
+        if draw.random() < 0.3:
+            bad = bad[: draw.randrange(bad.numel())]
+        try:
+            OPS.chain_packed(arguments.x, bad, None, [])
+        except RuntimeError:
+            continue
+        # The header's unused words, or a number that became what it was.
+        assert torch.equal(bad[:64], packed[:64]) or at < 8
+    longer = torch.zeros(packed.numel() + 1, dtype=torch.uint8)
+    longer[1:] = packed
+    with pytest.raises(RuntimeError, match="chain_packed: packed must come from"):
+        OPS.chain_packed(arguments.x, longer[1:], None, [])
+
+
+def test_more_programs_than_are_remembered() -> None:
+    x = torch.randn(3, 6)
+    for features in (*range(1, 150), 1, 2):
+        program = Program((6,), (Step((0,), (features,), (0,)),))
+        matrix = torch.randn(features, 6)
+        y = OPS.chain_packed(x, pack_chain([matrix], program), None, [])
+        torch.testing.assert_close(y, x @ matrix.T, rtol=1e-4, atol=1e-5)

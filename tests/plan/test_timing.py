@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear
-from tensorcomp_ext.plan import Timing, clock, graphs, time_interleaved, tune, tuner
+from tensorcomp_ext.plan import Timing, clock, graphs, time_interleaved, timing, tune, tuner
 from tensorcomp_ext.plan.clock import CpuClock, CudaClock, clock_for
 from tensorcomp_ext.plan.graphs import captured
 
@@ -248,3 +248,17 @@ def test_a_failed_capture_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(graphs.torch.cuda, name, value)
     assert list(captured({"a": lambda: 1}, torch.device("cuda"))[1]) == ["a"]
     assert current == ["default"]
+
+
+def test_cold_samples_sweep_the_caches_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    cold = CpuClock(cold=True)
+    assert cold.shortest == 0.0 and CpuClock().shortest > 0.0
+    swept, seen = cold._sweep, []
+    assert swept is not None and swept.numel() * swept.element_size() >= 1 << 21
+    for _ in range(2):
+        cold.sample(lambda: seen.append(int(swept[0])))
+    assert seen == [1, 2]
+    asked = []
+    monkeypatch.setattr(timing, "clock_for", lambda device, **how: asked.append(how) or cold)
+    time_interleaved({"a": lambda: None}, 1e-4)
+    assert asked == [{"cold": True}]
