@@ -36,7 +36,8 @@ const KnownChain& known_chain(const char* name, const int64_t* numbers, int64_t 
   std::unique_ptr<KnownChain>& place = known[(hash ^ hash >> 32) % kPlaces];
   const KernelTable& table = kernel_table();  // tests change it
   if (place && place->table == table.id &&
-      std::equal(numbers, numbers + count, place->numbers.begin(), place->numbers.end())) return *place;
+      std::equal(numbers, numbers + count, place->numbers.begin(), place->numbers.end()))
+    return *place;
   auto read = std::make_unique<KnownChain>();
   STD_TORCH_CHECK(tensorcomp::decode_chain(numbers, count, &read->program), name, ": no program, or one of more than ",
                   kMaxChainSteps, " steps or ", kMaxChainDims,
@@ -109,7 +110,8 @@ Tensor pack_chain(const char* name, const std::vector<int64_t>& numbers, const s
 
 PackedChain checked_packed(const char* name, const std::vector<int64_t>& numbers, DType dtype, const Tensor& packed) {
   const char* from = static_cast<const char*>(front_of(name, packed, sizeof(PackedHeader), kMaker));
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(from) % alignof(PackedHeader) == 0, name, ": packed must come from ", kMaker);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(from) % alignof(PackedHeader) == 0, name, ": packed must come from ",
+                  kMaker);
   // What the header tells is believed only as far as it leads nowhere out of the tensor.
   const PackedHeader& header = *reinterpret_cast<const PackedHeader*>(from);
   const size_t room = static_cast<size_t>(packed.numel()) - sizeof(PackedHeader);
