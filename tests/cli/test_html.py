@@ -153,7 +153,7 @@ def test_counts_side_by_side_are_written_alike_and_noise_has_no_ratio(tmp_path):
     cells = [" ".join(cell.split()) for cell in Document((tmp_path / "r.html").read_text()).cells]
     assert "40.3 M → 9.0 M (4.49×)" in cells
     assert "2.00 → 1.00 ms (noisy)" in cells and "noisy" in cells
-    assert entry.layers[0].cells()[5] == "1.000 noisy"
+    assert "1.000 noisy" in entry.layers[0].cells()
 
 
 def test_names_cannot_inject(tmp_path):
