@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment with the versions of constraints.txt, and the native build.
 #
 #   make demo        compress a network on real data, print what it brings, write report.html
-#   make test        all Python tests                     PYTEST_ARGS="-m 'not slow' tests/ops"
+#   make test        all Python tests                     PYTEST_ARGS="-m 'not slow' tests/ops" PYTEST_JOBS=0
 #   make cpp-test    C++ tests, plain and under the address, undefined-behaviour and thread sanitizers
 #   make lint        ruff, mypy, clang-format
 #   make bench       latency benchmark                    BENCH_ARGS="--suite tucker2 --threads 2"
@@ -9,9 +9,10 @@
 #   make cuda-check  compile and link all CUDA code; needs nvcc, no GPU
 #   make clean       remove what was built; the virtual environment stays
 #
-# Variables: PYTHON (3.10 or later), VENV (where the environment lies), and PIP_INSTALL_ARGS for the installation of
-# torch. On Linux the plain package index gives the CUDA build of torch, some gigabytes; for the CPU build name
-# PyTorch's CPU index: make demo PIP_INSTALL_ARGS="--index-url <PyTorch's index for cpu wheels>".
+# Variables: PYTHON (3.10 or later), VENV (where the environment lies), PYTEST_JOBS (processes that test; 0: none but
+# pytest's own, as a debugger wants it), and PIP_INSTALL_ARGS for the installation of torch. On Linux the plain package
+# index gives the CUDA build of torch, some gigabytes; for the CPU build name PyTorch's CPU index:
+# make demo PIP_INSTALL_ARGS="--index-url <PyTorch's index for cpu wheels>".
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -21,6 +22,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_INSTALL_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST_JOBS ?= $(shell nproc)
 DEMO_ARGS ?=
 BENCH_ARGS ?= --suite tucker2
 SANITIZERS ?= none address,undefined thread
@@ -56,8 +58,10 @@ $(NATIVE): $(INSTALLED) setup.py $(NATIVE_SOURCES)
 demo: build
 	$(BIN)/tensorcomp demo $(DEMO_ARGS)
 
+# Several processes share the cores, so that threads of one that wait must not spin.
 test: build
-	TENSORCOMP_EXPECT_NATIVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	TENSORCOMP_EXPECT_NATIVE=1 OMP_WAIT_POLICY=passive \
+	  $(BIN)/python -m pytest --numprocesses $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -73,14 +77,17 @@ format: $(INSTALLED)
 bench: build
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
+# Threads race whatever their instructions: under the thread sanitizer the portable kernels stand for all.
 cpp-test: $(INSTALLED)
 	command -v cmake >/dev/null || $(PIP) cmake
 	set -e; for sanitizer in $(SANITIZERS); do \
 	  tree=cmake-build-$${sanitizer//,/-}; \
+	  [[ $$sanitizer == thread ]] && portable=ON || portable=OFF; \
 	  cmake -S . -B $$tree -G Ninja -DPython3_EXECUTABLE=$(BIN)/python \
-	    -DTENSORCOMP_SANITIZE=$${sanitizer/none/} -DTENSORCOMP_BUILD_TESTS=ON -DTENSORCOMP_WERROR=ON; \
+	    -DTENSORCOMP_SANITIZE=$${sanitizer/none/} -DTENSORCOMP_PORTABLE=$$portable \
+	    -DTENSORCOMP_BUILD_TESTS=ON -DTENSORCOMP_WERROR=ON; \
 	  cmake --build $$tree; \
-	  ctest --test-dir $$tree --output-on-failure; \
+	  ctest --test-dir $$tree --parallel "$$(nproc)" --output-on-failure; \
 	done
 
 cuda-check: $(INSTALLED)

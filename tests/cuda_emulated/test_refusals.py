@@ -135,7 +135,11 @@ def test_pairs(emulated: Any, changes: dict[str, Tensor], message: str) -> None:
             backward(emulated, bad, random_grad(good))
 
 
-@pytest.mark.parametrize("grad", [t(2, 3, 8), t(3, 3, 9), t(9), t(2, 3, 9).half()], ids=str)
+@pytest.mark.parametrize(
+    "grad",
+    [t(2, 3, 8), t(3, 3, 9), t(9), t(2, 3, 9).half()],
+    ids=["features", "rows", "dimensions", "dtype"],
+)
 def test_gradients_of_pairs(emulated: Any, grad: Tensor) -> None:
     with pytest.raises(RuntimeError, match=r"two_factor_linear.*: grad must "):
         backward(emulated, pair_problem(PAIR, "float32"), grad)

@@ -20,7 +20,7 @@ namespace tensorcomp {
   }
 
 TC_DECLARE(portable)
-#if defined(__x86_64__)
+#if defined(TC_X86)
 TC_DECLARE(avx2)
 TC_DECLARE(avx512)
 namespace avx512_bf16 {
@@ -35,7 +35,7 @@ namespace {
 
 // Widened bfloat16 multiplies as float32 does.
 double portable_peak(bool, double seconds) { return portable::fma_peak(seconds); }
-#if defined(__x86_64__)
+#if defined(TC_X86)
 double avx2_peak(bool, double seconds) { return avx2::fma_peak(seconds); }
 double avx512_peak(bool, double seconds) { return avx512::fma_peak(seconds); }
 double avx512_bf16_peak(bool bfloat16, double seconds) {
@@ -48,7 +48,7 @@ struct Tables {
   KernelTable table[4];
   bool available[4];
   static constexpr int kCount =
-#if defined(__x86_64__)
+#if defined(TC_X86)
       4;
 #else
       1;
@@ -59,7 +59,7 @@ const Tables& tables() {
   static const Tables all = [] {
     Tables t{};
     int i = 0;
-#if defined(__x86_64__)
+#if defined(TC_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -6,6 +6,10 @@
 
 #include "../params.h"
 
+#if defined(__x86_64__) && !defined(TENSORCOMP_PORTABLE)
+#define TC_X86 1
+#endif
+
 namespace tensorcomp {
 
 // Bottleneck convolution of one element type on one instruction set. `threads` is the number of parts the caller

@@ -12,8 +12,7 @@
 #include "../params.h"
 #include "dispatch.h"
 
-#if defined(__x86_64__)
-#define TC_X86 1
+#if defined(TC_X86)
 #include <immintrin.h>
 #endif
 
