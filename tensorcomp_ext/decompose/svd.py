@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from .blas_threads import blas_threads
 from .unfolding import (
     DecompositionError,
     check_rank,
@@ -97,14 +98,15 @@ def leading_eigenvectors(make_gram: Callable[[], Tensor], rank: int) -> Tensor:
         size = matrix.shape[0]
         subset = [size - rank, size - 1] if driver == "evr" else None
         try:
-            _, vectors = scipy.linalg.eigh(
-                matrix,
-                lower=True,
-                subset_by_index=subset,
-                driver=driver,
-                overwrite_a=True,
-                check_finite=False,
-            )
+            with blas_threads(size):
+                _, vectors = scipy.linalg.eigh(
+                    matrix,
+                    lower=True,
+                    subset_by_index=subset,
+                    driver=driver,
+                    overwrite_a=True,
+                    check_finite=False,
+                )
         except np.linalg.LinAlgError as error:
             reasons.append(f"{driver}: {error}")
             continue
@@ -179,7 +181,8 @@ def singular_values(tensor: Tensor, mode: int = 0) -> Tensor:
     else:
         squares = gram(unfold(tensor, mode).contiguous(), 1)
     try:
-        values = scipy.linalg.eigvalsh(squares.numpy(), lower=False, check_finite=False)
+        with blas_threads(squares.shape[0]):
+            values = scipy.linalg.eigvalsh(squares.numpy(), lower=False, check_finite=False)
     except np.linalg.LinAlgError as error:
         raise DecompositionError(f"eigenvalues of the Gram matrix of [{rows}, {columns}]: {error}") from error
     values = values[::-1].copy()
