@@ -79,6 +79,7 @@ class NetworkFormat(Format):
             self.register_parameter(name, as_parameter(factor))
         # Planned here and not at each call, which torch.compile would trace through the search.
         self._rebuild = contraction(wiring.labels, sizes, wiring.outputs + wiring.inputs + wiring.taps)
+        self._rebuild_last = contraction(wiring.labels, sizes, wiring.outputs + wiring.taps + wiring.inputs)
         self._parts = {
             key: (part, contraction([wiring.labels[place] for place in part.places], sizes, part.result))
             for key, part in self.parts(folding, wiring).items()
@@ -236,6 +237,12 @@ class NetworkFormat(Format):
         folding = self.folding
         # From [*out modes, *in modes as stored, *taps].
         dense = self._rebuild(self.factors, (-1, folding.shape[1], *folding.kernel))
+        return dense if dense.shape[0] == folding.shape[0] else dense[: folding.shape[0]]
+
+    def to_dense_channels_last(self) -> Tensor:
+        folding = self.folding
+        # From [*out modes, *taps, *in modes].
+        dense = self._rebuild_last(self.factors, (-1, *folding.kernel, folding.shape[1])).movedim(-1, 1)
         return dense if dense.shape[0] == folding.shape[0] else dense[: folding.shape[0]]
 
     def rebuild_macs(self) -> int:

@@ -60,6 +60,10 @@ class Format(nn.Module, ABC):
     def to_dense(self) -> Tensor:
         """The dense weight, differentiable in the factors."""
 
+    def to_dense_channels_last(self) -> Tensor:
+        """:meth:`to_dense` of a kernel, channels-last in memory where the format makes it so without a copy."""
+        return self.to_dense()
+
     @abstractmethod
     def lower(self) -> Form:
         """The computational form, made of views of the parameters."""

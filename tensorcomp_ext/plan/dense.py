@@ -14,6 +14,7 @@ from .channels_last import laid_out, weight_layout
 from .embedding import dense_stages, dense_support, lookup
 from .geometry import Bound
 from .layer import PlannedLayer
+from .memory_format import CHANNELS_LAST, suggests_channels_last
 from .rebuild import rebuild_stage
 
 
@@ -44,12 +45,16 @@ class Dense(Plan):
         return stages
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
+        weight = layer.weight
+        # The library copies a weight to the order its kernels read, sooner from the layout of the images.
+        last = x.dim() in CHANNELS_LAST and suggests_channels_last(x.shape, x.stride())
+        rebuild = weight.to_dense_channels_last if last else weight.to_dense
         if autocast_dtype(x.device.type) is None:
-            return layer.geometry.apply(x, layer.weight.to_dense(), layer.bias)
+            return layer.geometry.apply(x, rebuild(), layer.bias)
         # Outside autocast: a weight rebuilt in bfloat16 would carry the rounding of two products.
         with torch.autocast(x.device.type, enabled=False):
-            weight = layer.weight.to_dense()
-        return layer.geometry.apply(x, weight, layer.bias)
+            dense = rebuild()
+        return layer.geometry.apply(x, dense, layer.bias)
 
     def bind(self, layer: PlannedLayer, case: Case) -> Bound:
         dtype = case.torch_dtype

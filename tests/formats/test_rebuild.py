@@ -205,3 +205,18 @@ def test_a_copy_rebuilds_alike(case: Case) -> None:
     ):
         twin.load_state_dict(weight.state_dict())
         assert torch.equal(twin.to_dense(), weight.to_dense())
+
+
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_kernels_are_rebuilt_channels_last(case: Case) -> None:
+    """The same values and gradients; pixels outside channels in memory where the format is a network."""
+    weight = case.random()
+    dense = weight.to_dense_channels_last()
+    assert dense.movedim(1, -1).is_contiguous()
+    check(weight, dense)
+
+
+@pytest.mark.parametrize("name", ["tucker2", "lowrank_sparse"])
+def test_other_formats_leave_the_layout_to_the_library(name: str) -> None:
+    weight = get_format(name).from_dense(torch.randn(6, 8, 3, 3), 3)
+    assert torch.equal(weight.to_dense_channels_last(), weight.to_dense())
