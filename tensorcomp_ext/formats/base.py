@@ -61,7 +61,7 @@ class Format(nn.Module, ABC):
         """The dense weight, differentiable in the factors."""
 
     def to_dense_channels_last(self) -> Tensor:
-        """:meth:`to_dense` of a kernel, channels-last in memory where the format makes it so without a copy."""
+        """:meth:`to_dense` of a kernel, channels-last in memory where that costs the format no copy."""
         return self.to_dense()
 
     @abstractmethod

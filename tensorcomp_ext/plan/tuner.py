@@ -24,8 +24,6 @@ Progress = Callable[[int, int, str], None]
 
 _BUDGET = 25.0
 _TIE = 1.02
-_UNSTEADY = 2.0
-"""Median over the tenth percentile above which something else ran beside a measurement."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +250,7 @@ def _steady_times(
     """
     timings = time_interleaved(calls, seconds, *how)
     left = end - time.perf_counter()
-    if left <= 0 or all(t.median <= _UNSTEADY * t.p10 for t in timings.values()):
+    if left <= 0 or all(t.steady for t in timings.values()):
         return timings
     again = time_interleaved(calls, min(seconds, left / max(1, len(calls))), *how)
     return {name: min(t, again[name], key=lambda found: found.median) for name, t in timings.items()}

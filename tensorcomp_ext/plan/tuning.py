@@ -12,6 +12,9 @@ from .case import Case
 if TYPE_CHECKING:
     from rich.table import Table
 
+_UNSTEADY = 2.0
+"""Median over the tenth percentile above which something else ran beside a measurement."""
+_MARK = "?"
 _WIDTH = 200  # of the text form: wide enough for a row to stay a line, whatever the terminal
 
 
@@ -24,6 +27,11 @@ class Timing:
     p90: float
     rounds: int
 
+    @property
+    def steady(self) -> bool:
+        """Whether the machine did the same each time: the median is at most twice the tenth percentile."""
+        return self.median <= _UNSTEADY * self.p10
+
 
 @dataclass(frozen=True)
 class LayerTuning:
@@ -35,6 +43,12 @@ class LayerTuning:
     timings: Mapping[str, Timing]
     unavailable: Mapping[str, str]
     """Plans that could not serve, with the reason."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else ran beside the measurement of the choice or of the dense layer."""
+        against = (self.timings[name] for name in {self.choice, "dense"} & set(self.timings))
+        return not all(timing.steady for timing in against)
 
 
 @dataclass(repr=False)
@@ -60,7 +74,7 @@ class TuneResult:
         table = Table(
             title=f"milliseconds of a call: {'; '.join(modes)}",
             title_justify="left",
-            caption=Text("\n".join([*self._refusals(), self._summary()])),
+            caption=Text("\n".join([*self._refusals(), *self._disturbances(), self._summary()])),
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             header_style="bold",
@@ -78,7 +92,7 @@ class TuneResult:
                 f"{'×'.join(map(str, case.shape))} {case.precision} {case.layout}",
                 entry.choice,
                 *(Text(t, "bold" if p == entry.choice else "") for p, t in zip(plans, times, strict=True)),
-                _over_dense(entry),
+                _over_dense(entry) + _MARK * entry.disturbed,
             )
         return table
 
@@ -86,6 +100,15 @@ class TuneResult:
         """Each reason for which a plan could not serve, once."""
         reasons = [(plan, reason) for entry in self.layers for plan, reason in entry.unavailable.items()]
         return [f"{plan}: {reason}" for plan, reason in dict.fromkeys(reasons)]
+
+    def _disturbances(self) -> list[str]:
+        count = sum(entry.disturbed for entry in self.layers)
+        if not count:
+            return []
+        note = (
+            "half of a plan's calls took over twice as long as its fastest; tune again when nothing else runs"
+        )
+        return [f"{_MARK} disturbed ({count} of {len(self.layers)}): {note}"]
 
     def _summary(self) -> str:
         layers = len({entry.layer for entry in self.layers})

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear
-from tensorcomp_ext.plan import Timing, export_choices, get_plan, import_choices, tune, tuner
+from tensorcomp_ext.plan import (
+    LayerTuning,
+    Timing,
+    TuneResult,
+    export_choices,
+    get_plan,
+    import_choices,
+    tune,
+    tuner,
+)
 
 
 class Net(nn.Module):
@@ -65,6 +74,25 @@ def test_choices_follow_the_medians(stopwatch: dict[str, float]) -> None:
     tune(model, X)
     assert model.first.plans(X, training=False)[0].name == "dense"
     json.dumps(result.to_dict())
+
+
+def test_disturbed_measurements_are_marked() -> None:
+    steady, noisy = Timing(1e-5, 0.9e-5, 2e-5, 9), Timing(3e-5, 1e-5, 5e-5, 9)
+    case = "2x3x6x5/float32/contiguous/cpu/inference/t1/latency"
+    entries = {
+        "steady": {"dense": steady, "fused": steady, "staged": noisy},
+        "choice": {"dense": steady, "fused": noisy},
+        "dense": {"dense": noisy, "fused": steady},
+    }
+    layers = [LayerTuning(name, case, "fused", timings, {}) for name, timings in entries.items()]
+    assert [entry.disturbed for entry in layers] == [False, True, True]
+    lines = str(TuneResult(layers)).splitlines()
+    ends = {
+        line.split()[0]: line.split()[-1] for line in lines if line.split()[:1] and line.split()[0] in entries
+    }
+    assert ends == {"steady": "1.00×", "choice": "0.33×?", "dense": "3.00×?"}
+    assert any(line.startswith("? disturbed (2 of 3): ") for line in lines)
+    assert "disturbed" not in str(TuneResult(layers[:1]))
 
 
 def test_printed_result_is_a_table(stopwatch: dict[str, float]) -> None:
