@@ -17,7 +17,9 @@ from .forms import SparseSum
 from .packed_sparse import PackedLowRankSparse, positions_bytes
 
 MODES = ("additive", "masking")
-OPTIONS = frozenset({"low_rank", "mode", "init", "density", "iterations", "tol", "nnz", "positions"})
+OPTIONS = frozenset(
+    {"low_rank", "mode", "init", "outliers", "iterations", "tol", "nnz", "density", "positions"}
+)
 """Options of weights with a sparse part; others are those of the format of the low-rank one."""
 
 
@@ -40,7 +42,7 @@ class LowRankSparse(SparseFormat):
 
     Options of the classmethods: ``low_rank``, the name of L's format ("svd" of a matrix, "tucker2" of a
     kernel where it is not given, "none" for no such part; "svd" takes a kernel as ``[T, S K]``), ``mode``,
-    and those of that format. Options of :meth:`from_dense`: ``init``, ``density``, ``iterations``, ``tol``.
+    and those of that format. Options of :meth:`from_dense`: ``init``, ``outliers``, ``iterations``, ``tol``.
 
     Raises:
         ValueError, TypeError: parts that do not fit together.
@@ -194,7 +196,7 @@ class LowRankSparse(SparseFormat):
         rank: Rank,
         *,
         init: Literal["residual", "masking"] = "residual",
-        density: float = 0.1,
+        outliers: float = 0.1,
         iterations: int = 1500,
         tol: float = 1e-7,
         **options: Any,
@@ -203,9 +205,9 @@ class LowRankSparse(SparseFormat):
 
         Args:
             init: "residual": L is fitted to the weight. "masking": to its entries without the share
-                ``density`` that is largest, which the sparse part can hold. Then ``S = weight - L``, or, in
+                ``outliers`` that is largest, which the sparse part can hold. Then ``S = weight - L``, or, in
                 mode "masking", where ``weight - L`` would not give the weight back, ``S = weight``.
-            density: K / 100, in (0, 1); the share of S that training will leave.
+            outliers: K / 100, in (0, 1), such as the share of S that training will leave.
             iterations, tol: of the fit of "masking".
             options: ``low_rank``, ``mode``, and those of the format of L and of its decomposition.
 
@@ -227,9 +229,9 @@ class LowRankSparse(SparseFormat):
         if init == "residual":
             low_rank: Format = split.cls.from_dense(matrix, rank, **options)
         else:
-            if not 0.0 < density < 1.0:
-                raise ValueError(f"{cls.name}: density must be in (0, 1), got {density}")
-            observed = ~largest(weight, round(density * weight.numel())).reshape(split.shape)
+            if not 0.0 < outliers < 1.0:
+                raise ValueError(f"{cls.name}: outliers must be in (0, 1), got {outliers}")
+            observed = ~largest(weight, round(outliers * weight.numel())).reshape(split.shape)
             low_rank = split.cls.from_observed(
                 matrix, observed, rank, iterations=iterations, tol=tol, **options
             )

@@ -186,8 +186,10 @@ class PackedLowRankSparse(SparseFormat):
             raise TypeError(f"{cls.name}: takes no option 'mode': the packed form is additive")
         count = cls._count(weight.shape, options)
         positions = options.pop("positions", None)
-        options.pop("nnz", None)
-        options["density"] = count / weight.numel()
+        for name in ("nnz", "density"):
+            options.pop(name, None)
+        if options.get("init") == "masking":
+            options.setdefault("outliers", count / weight.numel())
         made = LowRankSparse.from_dense(weight, rank, **options)
         kept = largest(made.sparse, count)
         packed = pack_sparse(made.sparse.detach(), kept, positions=positions)

@@ -59,7 +59,7 @@ def train(
         lr: largest learning rate.
         batch_size: images per step; all images at once where there are fewer.
         weight_decay: L2 coefficient on every parameter.
-        schedule: "onecycle", "cosine" or "constant".
+        schedule: "onecycle", "cosine", "constant" or "decay".
         augment: shift by up to 4 pixels and mirror; None does so for cifar10 only (digits must not be
             mirrored).
         label_smoothing: weight of the uniform distribution in the targets, 0..1.

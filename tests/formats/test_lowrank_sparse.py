@@ -91,8 +91,8 @@ def test_masking_initialisation_finds_what_lies_under_spikes(name: str, rank: An
     planted = low_rank_of(low)
     spikes = torch.rand(shape) < 0.05
     dense = torch.where(spikes, planted + 10 * planted.abs().max(), planted)
-    density = float(spikes.double().mean())
-    options: dict[str, Any] = {"low_rank": name, "mode": mode, "density": density, "iterations": 400}
+    share = float(spikes.double().mean())
+    options: dict[str, Any] = {"low_rank": name, "mode": mode, "outliers": share, "iterations": 400}
     found = LowRankSparse.from_dense(dense, rank, init="masking", **options)
     residual = LowRankSparse.from_dense(dense, rank, init="residual", **options)
     assert (low_rank_of(found) - planted).norm() < 1e-6 * planted.norm()
@@ -223,8 +223,8 @@ def test_misfit_options_are_named() -> None:
         cls.from_dense(dense, 2, in_modes=(5,))
     with pytest.raises(ValueError, match="init must be 'residual' or 'masking', got 'zero'"):
         cls.from_dense(dense, 2, init="zero")
-    with pytest.raises(ValueError, match=r"density must be in \(0, 1\), got 1.0"):
-        cls.from_dense(dense, 2, init="masking", density=1.0)
+    with pytest.raises(ValueError, match=r"outliers must be in \(0, 1\), got 1.0"):
+        cls.from_dense(dense, 2, init="masking", outliers=1.0)
     with pytest.raises(ValueError, match="tr: there is no fit of the observed entries"):
         cls.from_dense(dense, 2, low_rank="tr", init="masking")
     with pytest.raises(TypeError, match="takes no option 'mode'"):

@@ -133,7 +133,7 @@ def test_killed_process_resumes(dataset, tmp_path):
         import os, signal, sys
         sys.path.insert(0, sys.argv[1])
         import torch
-        from conftest import quadrants
+        from small_images import quadrants
         from test_train import network
         from tensorcomp_ext import recipes
         torch.set_num_threads(1)
