@@ -24,6 +24,7 @@ from tensorcomp_ext.cli.common import (
     warn_of_loss,
 )
 from tensorcomp_ext.cli.html import write_report
+from tensorcomp_ext.cli.recipe import NAMES, Recipe, stored_rows
 from tensorcomp_ext.cli.spectra import add_spectra
 from tensorcomp_ext.compress.latency import Latency, faster, measure_network
 from tensorcomp_ext.compress.measure import refresh
@@ -71,6 +72,30 @@ def compress(
     ] = False,
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of training after decomposition.")] = 0,
     lr: Annotated[float, typer.Option(min=0, help="Largest learning rate of that training.")] = 0.01,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"Compress while training for --finetune-epochs: {NAMES}. Needs no --rank."),
+    ] = None,
+    low_rank: Annotated[str, typer.Option(help="Recipe: format of the low-rank parts.")] = "tt",
+    mode: Annotated[
+        str, typer.Option(help="Recipe: the sparse part is added (additive) or takes the place (masking).")
+    ] = "additive",
+    init: Annotated[
+        str, typer.Option(help="Recipe: fit the weights (residual) or those below the largest (masking).")
+    ] = "residual",
+    fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Recipe: share of a layer's weights for its low-rank part.")
+    ] = 0.1,
+    sparsity: Annotated[
+        float, typer.Option(min=0, max=1, help="Recipe: share of the sparse parts that is pruned.")
+    ] = 0.9,
+    storage: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Recipe: instead, share of the weights stored, low-rank parts too."),
+    ] = None,
+    sparsity_schedule: Annotated[
+        str, typer.Option(help="Recipe: slow-start (at the end most) or zhu-gupta (at the start most).")
+    ] = "slow-start",
     seed: Annotated[int, typer.Option(help="Seed of that training and of the images to recalibrate on.")] = 0,
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the network here.")] = None,
     html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a report for a browser.")] = None,
@@ -89,6 +114,10 @@ def compress(
     if format is not None and format not in format_names():
         raise typer.BadParameter(f"{format!r} is none of {', '.join(format_names())}", param_hint="--format")
     ranks, batches = parse_ranks(rank or ["vbmf"]), parse_batches(batch)
+    procedure: Recipe | None = None
+    if recipe is not None:
+        procedure = Recipe(recipe, low_rank, mode, init, fraction, sparsity, storage, sparsity_schedule)
+        procedure.check(finetune_epochs, rank, (format, layers, recalibrate))
     if dataset not in data.names():
         raise typer.BadParameter(f"{dataset!r} is none of {', '.join(data.names())}", param_hint="--dataset")
     if finetune_epochs and data_dir is None and dataset != "digits":
@@ -109,18 +138,25 @@ def compress(
         summary["images"] = {"dataset": images.name, "test": len(images.test_labels)}
         _score(screen, summary, "before", dense, images, channels_last)
     inputs = example(images, options, model, batches[0], channels_last)
-    with screen.progress("decomposing") as tick:
-        result = compress_network(
-            dense,
-            format=format,
-            rank=ranks,
-            example_inputs=inputs,
-            layers=layers or None,
-            exclude=exclude or (),
-            progress=tick,
-        )
-    small, report = result
-    if images is not None:
+    if procedure is not None:
+        assert images is not None  # as checked above: epochs need images
+        training = {"epochs": finetune_epochs, "lr": lr, "seed": seed, "channels_last": channels_last}
+        made = procedure.run(screen, dense, images, inputs, exclude or (), **training)
+        small, report = made.model, made.report
+        summary |= report.details
+        _score(screen, summary, "finetuned", small, images, channels_last)
+    else:
+        with screen.progress("decomposing") as tick:
+            small, report = compress_network(
+                dense,
+                format=format,
+                rank=ranks,
+                example_inputs=inputs,
+                layers=layers or None,
+                exclude=exclude or (),
+                progress=tick,
+            )
+    if images is not None and procedure is None:
         _score(screen, summary, "decomposed", small, images, channels_last)
         if recalibrate:
             if recipes.recalibrate_batchnorm(small, images, seed=seed, channels_last=channels_last):
@@ -291,6 +327,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
             table.add_row(
                 label, str(before["correct"]), str(after["correct"]), f"of {after['total']} test images"
             )
+    for row in stored_rows(summary["lowrank_sparse"]) if "lowrank_sparse" in summary else ():
+        table.add_row(*row)
     if "bytes" in summary:
         before, after = summary["bytes"]["before"], summary["bytes"]["after"]
         table.add_row(

@@ -285,10 +285,9 @@ def _without_gradients(module: nn.Module, *inputs: Tensor | None) -> Tensor:
 
 def _example(module: Any) -> Tensor:
     """A small random input of a convolution or linear layer."""
-    if isinstance(module, FactorizedLayer):
-        factor, features = module.weight.factors[0], module.weight.shape[1]
-    else:
-        factor, features = module.weight, module.weight.shape[1] * getattr(module, "groups", 1)
+    weight = module.weight
+    factor = weight.factors[0] if isinstance(module, FactorizedLayer) else weight
+    features = weight.shape[1] * getattr(module, "groups", 1)
     window = getattr(module, "kernel_size", ())
     dilation = getattr(module, "dilation", ())
     sizes = [d * (k - 1) + 4 for k, d in zip(window, dilation, strict=True)]

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tensorcomp_ext.formats import CP, SVD, TR, BottleneckConv, Format, Network, Tucker2, TwoFactor
+from tensorcomp_ext.formats import (
+    CP,
+    SVD,
+    TR,
+    BottleneckConv,
+    Format,
+    Network,
+    PackedLowRankSparse,
+    Tucker2,
+    TwoFactor,
+)
+from tensorcomp_ext.formats._sparse import SparseFormat
 from tensorcomp_ext.formats.merge import two_factor
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -73,6 +84,8 @@ def scaled(weight: Format, scale: Tensor) -> Format:
 
 
 def _merged_and_scaled(weight: Format, scale: Tensor) -> Format | None:
+    if isinstance(weight, SparseFormat):
+        return _scaled_sum(weight, scale)
     form: Any = weight.lower()
     if isinstance(form, Network):
         form = two_factor(form)
@@ -95,6 +108,23 @@ def _merged_and_scaled(weight: Format, scale: Tensor) -> Format | None:
         point_out.unflatten(1, (form.ring, rank_out)).permute(2, 0, 1),  # [B, T, R_0]
     ]
     return TR([c.contiguous() for c in cores], weight.shape)
+
+
+def _scaled_sum(weight: SparseFormat, scale: Tensor) -> Format | None:
+    """A low-rank and a sparse part, both scaled; packed, as what is folded is for inference."""
+    packed = weight.finalized()
+    assert isinstance(packed, PackedLowRankSparse)
+    low, pair = packed.low_rank, packed.factor_pair()
+    if pair is not None:
+        low = SVD(_times(pair.a, scale), pair.b.detach().clone())
+    elif low is not None and (low := _merged_and_scaled(low, scale)) is None:
+        return None
+    sparse = packed.packed
+    segments = (sparse.offsets.shape[0] - 1) // max(1, sparse.shape[0])
+    counts = (sparse.offsets[1:] - sparse.offsets[:-1]).long()
+    rows = torch.repeat_interleave(scale.repeat_interleave(segments), counts)
+    values = (sparse.values.detach().double() * rows).to(sparse.values.dtype)
+    return PackedLowRankSparse(low, sparse._replace(values=values), packed.shape)
 
 
 def _times(matrix: Tensor, scale: Tensor) -> Tensor:

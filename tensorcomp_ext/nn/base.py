@@ -57,7 +57,8 @@ class FactorizedLayer(PlannedLayer):
         """Pack a weight that has another form for training than for inference; returns the layer.
 
         Low-rank + sparse weights then store their factors and the entries that are left, and cannot be pruned
-        further. Other weights stay as they are. The new parameters are no longer those an optimizer has.
+        further; a forced plan and tuned choices are dropped. Other weights stay as they are. The new
+        parameters are no longer those an optimizer has.
         """
         made = self.weight.finalized()
         if made is not self.weight:

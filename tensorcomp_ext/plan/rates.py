@@ -19,7 +19,7 @@ from .workload import BUILT, seconds_of, workload
 _FILE = "rates.json"
 CACHE = 1 << 19
 """Bytes that stay in the cache from one call to the next."""
-_STAND_INS = {"pair": "linear", "chain": "linear"}
+_STAND_INS = {"pair": "linear", "chain": "linear", "sparse": "linear"}
 """Kinds that take the rates of others than convolutions where they are not measured."""
 _BUSY = 5e-4
 """Seconds of the smallest call above which other work disturbs the machine too much."""

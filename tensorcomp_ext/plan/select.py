@@ -147,7 +147,9 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
         # The op serves every device, and no size of a table is worth a rebuild in a graph.
         return "staged" if _untried(get_plan("fused"), device) else "fused"
     if "staged" not in names:
-        return "dense"
+        # Weights with a sparse part: what rebuilds them at each call must save little to be taken.
+        saves = "fused" in names and 2 * weight.macs(1, 1) <= weight.dense_macs(1)
+        return "fused" if saves and _serves_traced("fused", layer, training) else "dense"
     found = layer.traced_found
     if found is not None and not layer.geometry.spatial:
         macs = found.chain.program.macs()
@@ -155,16 +157,17 @@ def traced_plan(layer: PlannedLayer, training: bool) -> str:
         macs = weight.macs(1, 1)
     if macs >= weight.dense_macs(1) or (is_network(layer) and found is None):
         return "dense"
-    sizes = (0, weight.shape[1], *(1,) * layer.geometry.spatial)
-    dtype = str(weight.factors[0].dtype).removeprefix("torch.")
-    case = Case(sizes, dtype, "contiguous", device, training, 1, layer.prefer)
     # Of two large products the library's are hard to beat; without a shape nothing tells how large they are.
-    fused = get_plan("fused")
-    if (
-        layer.geometry.spatial
-        and "fused" in names
-        and not _untried(fused, case.device)
-        and fused.support(layer, case).ok
-    ):
+    if layer.geometry.spatial and "fused" in names and _serves_traced("fused", layer, training):
         return "fused"
     return "staged"
+
+
+def _serves_traced(name: str, layer: PlannedLayer, training: bool) -> bool:
+    """Whether a plan of the package's own kernels has run on the layer's device and takes the layer."""
+    plan, weight = get_plan(name), layer.weight
+    device, dtype = weight.factors[0].device.type, weight.factors[0].dtype
+    sizes = (0, weight.shape[1], *(1,) * layer.geometry.spatial)
+    layout = "channels_last" if layer.channels_last else "contiguous"
+    case = Case(sizes, str(dtype).removeprefix("torch."), layout, device, training, 1, layer.prefer)
+    return not _untried(plan, device) and plan.support(layer, case).ok

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from ..ops.chain import Program, Step, bind_packed_chain, pack_chain
 from ..ops.chain import native_support as chain_support
+from ..ops.lowrank_sparse_linear import bind_packed_lowrank_sparse, lowrank_sparse_sizes, pack_lowrank_sparse
+from ..ops.lowrank_sparse_linear import native_support as sparse_support
+from ..ops.lowrank_sparse_packing import pack_sparse
 from ..ops.tucker2_conv import (
     bind_tail,
     native_support,
@@ -36,7 +39,7 @@ _NEAR = 1 << 17
 """Bytes of a copy within the cache."""
 BUILT = {
     op: torch._C._dispatch_has_kernel_for_dispatch_key(f"tensorcomp::{op}", "CPU")
-    for op in ("tucker2_conv2d", "bottleneck_conv2d", "two_factor_linear", "chain")
+    for op in ("tucker2_conv2d", "bottleneck_conv2d", "two_factor_linear", "chain", "lowrank_sparse_linear")
 }
 """Which ops have a kernel of ours on the CPU: with others, rates are measured anew."""
 
@@ -109,7 +112,21 @@ def _image_calls(options: dict[str, Any], width: int) -> Work:
         arguments = (wide, packed, tuple(kernel.shape), 2 * width, None, 1, 1, 1)
         work = pixels * (kernel.numel() + 2 * outer.numel())
         calls["fused"] = (work, partial(tucker2_conv2d_packed, *arguments))
-    return calls | _product_calls(options, width, 512)
+    return calls | _product_calls(options, width, 512) | _sparse_calls(options, width)
+
+
+def _sparse_calls(options: dict[str, Any], width: int, rows: int = 16) -> Work:
+    """A few rows through a packed matrix of eight times the width, a tenth of its entries kept."""
+    wide = 8 * width
+    a, b = torch.zeros(wide, 1, **options), torch.zeros(1, wide, **options)
+    x = torch.ones(rows, wide, **options)
+    if not sparse_support(x, a, b):
+        return {}
+    place = torch.arange(wide, device=options["device"])
+    kept = (7 * place[:, None] + 13 * place) % 10 == 0
+    sparse = pack_sparse(torch.ones(wide, wide, **options), kept)
+    call = bind_packed_lowrank_sparse(pack_lowrank_sparse(a, b, sparse), lowrank_sparse_sizes(a, b))
+    return {"sparse": (rows * sparse.values.shape[0], partial(call, x, None))}
 
 
 def _product_calls(options: dict[str, Any], width: int, rows: int) -> Work:

@@ -20,6 +20,17 @@ from tensorcomp_ext.recipes import Accuracy
 pytestmark = pytest.mark.filterwarnings("ignore:.*clipped to")
 
 FAST = ["--batch", "1", "--seconds", "0"]
+RECIPE = [
+    "compress",
+    "--model",
+    "lenet5",
+    "--dataset",
+    "digits",
+    "--recipe",
+    "sparse",
+    "--finetune-epochs",
+    "1",
+]
 
 
 def run(*words: object, code: int = 0):
@@ -138,6 +149,30 @@ def test_recalibration_without_batch_normalisation_says_so(monkeypatch, weights)
     assert "warning: --recalibrate: the network has no batch normalisation" in outcome.stderr
 
 
+@pytest.mark.parametrize("recipe", ["lowrank-sparse", "sparse", "lowrank"])
+def test_recipes(monkeypatch, weights, recipe, tmp_path):
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: digits())
+    files = ["--output", tmp_path / "net", "--html", tmp_path / "report.html"]
+    words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--recipe", recipe]
+    words += ["--finetune-epochs", 2, "--storage", 0.2, "--mode", "masking", "--low-rank", "cp", "--json"]
+    outcome = run("compress", *words, *files, *FAST)
+    found = json.loads(outcome.stdout)
+    stored = found["lowrank_sparse"]
+    assert set(found["accuracy"]) == {"before", "finetuned"}
+    assert stored["method"] == recipe and stored["stored"] <= 0.2 * stored["weights"] + 1
+    assert (stored["low_rank"] > 0) == (recipe != "sparse") and (stored["sparse"] > 0) == (
+        recipe != "lowrank"
+    )
+    layers = {layer["name"]: layer for layer in found["report"]["layers"]}
+    assert layers["fc2"]["skipped"] == "excluded" and layers["fc1"]["skipped"] is None
+    network = load(tmp_path / "net", models.build("lenet5"))
+    kept = sum(p.numel() for p in network.parameters())
+    assert kept == found["report"]["parameters_after"] == stored["stored"] + 3200 + 400
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    cells = [str(c) for c in summary_table(found).columns[0].cells]
+    assert ("their bytes with indices" in cells) == (recipe != "lowrank")
+
+
 @pytest.mark.parametrize(("after", "warns"), [(35, True), (36, False)])
 def test_compress_warns_where_accuracy_is_lost(monkeypatch, weights, after, warns):
     images, scores = digits(), iter([40, after])
@@ -222,6 +257,25 @@ def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
         ["compress", "--model", "lenet5", "--dataset", "imagenet"],
         ["compress", "--model", "lenet5", "--finetune-epochs", "1"],
         ["compress", "--model", "lenet5", "--recalibrate"],
+        ["compress", "--model", "lenet5", "--recipe", "lowrank-sparse"],
+        [
+            "compress",
+            "--model",
+            "lenet5",
+            "--recipe",
+            "sparser",
+            "--finetune-epochs",
+            "1",
+            "--dataset",
+            "digits",
+        ],
+        [*RECIPE, "--rank", "4"],
+        [*RECIPE, "--format", "tt"],
+        [*RECIPE, "--low-rank", "lowrank_sparse"],
+        [*RECIPE, "--mode", "sum"],
+        [*RECIPE, "--init", "zero"],
+        [*RECIPE, "--sparsity", "1.5"],
+        [*RECIPE, "--sparsity-schedule", "linear"],
         ["compress", "--model", "lenet5", "--batch", "1,many"],
         ["compress", "--model", "lenet5", "--batch", "0"],
         ["compress", "--model", "lenet5", "--output", "/nowhere/at/all/x"],

@@ -1,0 +1,105 @@
+"""``tensorcomp compress --recipe``: procedures that train while they compress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+
+from tensorcomp_ext import data, recipes
+from tensorcomp_ext.cli.common import Screen
+from tensorcomp_ext.formats import format_names
+from tensorcomp_ext.recipes.sparse_start import METHODS
+from tensorcomp_ext.recipes.sparsity import SPARSITY_SCHEDULES
+
+NAMES = ", ".join(METHODS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the options of the command say about a recipe; None where it is not to run."""
+
+    method: str
+    low_rank: str
+    mode: str
+    init: str
+    fraction: float
+    sparsity: float
+    storage: float | None
+    sparsity_schedule: str
+
+    def check(self, epochs: int, rank: Sequence[str] | None, others: Sequence[object]) -> None:
+        """typer.BadParameter (exit status 2) for options that do not fit, before any work.
+
+        Args:
+            epochs: of training.
+            rank: the ranks asked for.
+            others: further options of compression without a recipe.
+        """
+        choices = (
+            ("--recipe", self.method, METHODS),
+            ("--low-rank", self.low_rank, [n for n in format_names() if not n.startswith("lowrank_sparse")]),
+            ("--mode", self.mode, ("additive", "masking")),
+            ("--init", self.init, ("residual", "masking")),
+            ("--sparsity-schedule", self.sparsity_schedule, tuple(SPARSITY_SCHEDULES)),
+        )
+        for option, value, allowed in choices:
+            if value not in allowed:
+                raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}", param_hint=option)
+        if rank or any(others):
+            raise typer.BadParameter(
+                "a recipe chooses formats and ranks itself, by --low-rank and --fraction; leave out --rank, "
+                "--format, --layers and --recalibrate",
+                param_hint="--recipe",
+            )
+        if epochs < 1:
+            raise typer.BadParameter(
+                "a recipe trains: say for how long with --finetune-epochs", param_hint="--recipe"
+            )
+
+    def run(
+        self,
+        screen: Screen,
+        dense: nn.Module,
+        images: data.Dataset,
+        example_inputs: torch.Tensor,
+        exclude: Sequence[str],
+        **training: Any,
+    ) -> recipes.LowRankSparseResult:
+        """Compress ``dense`` and train it; ``training`` as ``recipes.train`` takes it."""
+        options: dict[str, Any] = {
+            "method": self.method,
+            "low_rank": self.low_rank,
+            "mode": self.mode,
+            "init": self.init,
+            "fraction": self.fraction,
+            "sparsity": self.sparsity,
+            "storage": self.storage,
+            "sparsity_schedule": self.sparsity_schedule,
+        }
+        with screen.training(self.method) as step:
+            return recipes.lowrank_sparse(
+                dense,
+                images,
+                example_inputs=example_inputs,
+                exclude=list(exclude) or None,
+                progress=step,
+                **options,
+                **training,
+            )
+
+
+def stored_rows(stored: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table of the network: what is stored of the compressed layers, with and without indices."""
+    weights, count = stored["weights"], stored["stored"]
+    smaller = f"{weights / max(count, 1):.2f}× smaller"
+    rows: list[tuple[str, ...]] = [("weights of compressed layers", f"{weights:,}", f"{count:,}", smaller)]
+    if stored["sparse"]:
+        text = f"{stored['low_rank']:,} + {stored['sparse']:,}"
+        rows.append(("of these low-rank + sparse", "", text, f"sparsity {stored['sparsity']:.3f}"))
+        rows.append(("their bytes with indices", "", f"{stored['stored_bytes']:,}", ""))
+    return rows
