@@ -16,6 +16,7 @@ from typing import Any
 from tensorcomp_ext.bench.chain_summary import chain_lines
 from tensorcomp_ext.bench.device_summary import network_table, never_slower_line
 from tensorcomp_ext.bench.embedding_summary import embedding_table
+from tensorcomp_ext.bench.sparse_summary import sparse_lines, sparse_tables
 from tensorcomp_ext.bench.suite import read_results
 from tensorcomp_ext.bench.tables import bfloat16_table, markdown, overhead_table, rows_table, summary_table
 
@@ -59,7 +60,9 @@ def latency_section(results: dict[str, Any]) -> str:
     parts.append(markdown(summary_table(results)))
     if results["suite"] == "embedding":
         parts.append(markdown(embedding_table(results)))
-    if lines := chain_lines(results):
+    if results["suite"] == "lowrank_sparse":
+        parts += [f"{title}:\n\n{markdown(table)}" for title, table in sparse_tables(results)]
+    if lines := [*chain_lines(results), *sparse_lines(results)]:
         parts.append("\n".join(f"- {line}" for line in lines))
     if results["summary"]["bfloat16"]:
         parts.append(markdown(bfloat16_table(results)))

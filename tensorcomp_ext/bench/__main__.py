@@ -14,6 +14,7 @@ from typing import Any
 from .chain_summary import chain_lines
 from .device_summary import device_table, network_table, never_slower_line
 from .embedding_summary import embedding_table
+from .sparse_summary import sparse_lines, sparse_tables
 from .suite import Settings, choose_effort, run_suite
 from .suites import SUITES, suite_cases
 from .tables import markdown, row_line, summary_table
@@ -63,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(device_table(results)))
     if results["suite"] == "embedding":
         print(markdown(embedding_table(results)))
-    for line in chain_lines(results):
+    if results["suite"] == "lowrank_sparse":
+        for title, table in sparse_tables(results):
+            print(f"{title}:\n\n{markdown(table)}")
+    for line in [*chain_lines(results), *sparse_lines(results)]:
         print(line)
     if "network" in results["summary"]:
         print(markdown(network_table(results)))

@@ -20,6 +20,8 @@ from .network_cases import expand_networks, network_cases, network_from_dict, qu
 from .pair import LARGE as LARGE_ROWS
 from .pair import expand_pairs, measure_pair, pair_cases, pair_from_dict, quick_pairs
 from .roofline import Probe
+from .sparse import measure_sparse
+from .sparse_cases import quick_sparse, sparse_cases, sparse_from_dict
 from .timing import Effort
 from .tucker2_device import LARGE, large_cases, measure_device_row, pixels
 
@@ -120,6 +122,15 @@ SUITES: dict[str, Suite] = {
         measure_conv,
         lambda case: True,
         "format,rank,N,S,T,H,W,k,stride,padding,dilation,layout,dtype (format, rank, S and H required)",
+    ),
+    "lowrank_sparse": Suite(
+        sparse_cases,
+        quick_sparse,
+        sparse_from_dict,
+        lambda cases, dtypes, layouts: expand_dtypes(cases, dtypes),
+        measure_sparse,
+        lambda case: True,
+        "out,in,rank,rows,sparsity,mode,dtype (out and in required; without rows the weight alone)",
     ),
     "network": Suite(
         network_cases,

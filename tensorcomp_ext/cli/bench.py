@@ -20,6 +20,7 @@ from tensorcomp_ext.bench import (
 from tensorcomp_ext.bench.chain_summary import chain_lines
 from tensorcomp_ext.bench.device_summary import device_table, network_table, never_slower_line
 from tensorcomp_ext.bench.embedding_summary import embedding_table
+from tensorcomp_ext.bench.sparse_summary import sparse_lines, sparse_tables
 from tensorcomp_ext.bench.suite import COMPILED_TEXT, choose_effort
 from tensorcomp_ext.bench.summary import compare
 from tensorcomp_ext.bench.tables import (
@@ -149,7 +150,10 @@ def _show(results: dict[str, Any], screen: Screen) -> None:
         screen.show(_rich(device_table(results), "Large rows; least in brackets"))
     if results["suite"] == "embedding":
         screen.show(_rich(embedding_table(results), "Embeddings"))
-    for line in chain_lines(results):
+    if results["suite"] == "lowrank_sparse":
+        for title, table in sparse_tables(results):
+            screen.show(_rich(table, title))
+    for line in [*chain_lines(results), *sparse_lines(results)]:
         screen.say(line)
     if "network" in results["summary"]:
         screen.show(_rich(network_table(results), "Networks"))
