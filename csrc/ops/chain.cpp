@@ -27,6 +27,8 @@ constexpr int64_t kMostNumbers = 2 + kMaxChainDims + kMaxChainSteps * (3 + 4 * k
 
 size_t numbers_bytes(int64_t count) { return (static_cast<size_t>(count) * sizeof(int64_t) + 63) / 64 * 64; }
 
+}  // namespace
+
 // Programs that this thread read: reading one takes longer than a row's products.
 const KnownChain& known_chain(const char* name, const int64_t* numbers, int64_t count) {
   constexpr size_t kPlaces = 64;
@@ -50,6 +52,8 @@ const KnownChain& known_chain(const char* name, const int64_t* numbers, int64_t 
   place = std::move(read);
   return *place;
 }
+
+namespace {
 
 PackedHeader packed_header(const KnownChain& chain, DType dtype) {
   return {PackedHeader::kMagic,
@@ -163,8 +167,10 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
   if (y.numel() == 0) return y;
   p.x = rows.const_data_ptr();
   p.y = y.mutable_data_ptr();
+  if (call.before) p.residual = p.y;
   const ChainKernels& kernels = kernel_table().chain(p.dtype);
-  const ChainPlan plan = kernels.plan(p, useful_threads(p.rows, program.macs));
+  const int64_t macs = program.macs + (call.before ? call.before->macs() : 0);
+  const ChainPlan plan = kernels.plan(p, useful_threads(p.rows, macs));
   const size_t packed_bytes = packed ? 0 : (kernels.packed_bytes(program) + 63) / 64 * 64;
   alignas(64) char small[kSmallScratch];
   std::optional<Tensor> scratch;
@@ -173,7 +179,11 @@ Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tenso
   if (!packed) kernels.pack(program, matrices, memory);
   p.packed = packed ? packed : memory;
   p.scratch = memory + packed_bytes;
-  run_phases(plan.phases, plan.parts, [&](int64_t phase, int64_t part) { kernels.run(p, plan, phase, part); });
+  const int64_t before = call.before ? call.before->begin(p, plan.parts) : 0;
+  run_phases(before + plan.phases, plan.parts, [&](int64_t phase, int64_t part) {
+    if (phase < before) call.before->run(phase, part);
+    else kernels.run(p, plan, phase - before, part);
+  });
   return y;
 }
 

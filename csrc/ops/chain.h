@@ -9,12 +9,23 @@
 
 namespace tensorcomp::ops {
 
-// What a call names in its messages, and what it does after the last product.
+// Fills the result with what the products are added to, on the same threads and before them.
+class ChainBefore {
+ public:
+  virtual ~ChainBefore() = default;
+  virtual int64_t macs() const = 0;  // a row of x
+  // The phases that `parts` parts run; x and y are those of the call.
+  virtual int64_t begin(const ChainParams& call, int64_t parts) = 0;
+  virtual void run(int64_t phase, int64_t part) = 0;
+};
+
+// What a call names in its messages, and what it does before the first and after the last product.
 struct ChainCall {
   const char* name;
   std::optional<Tensor> bias = std::nullopt;
-  std::optional<Tensor> residual = std::nullopt;
+  std::optional<Tensor> residual = std::nullopt;  // not beside `before`
   bool relu = false;
+  ChainBefore* before = nullptr;
 };
 
 // False where the numbers are no program that the kernels take.
@@ -55,6 +66,10 @@ struct KnownChain {
   std::array<size_t, 2> bytes;
 };
 
+// The program that these numbers encode; raises where they are none. Valid in this thread until it reads other
+// programs.
+const KnownChain& known_chain(const char* name, const int64_t* numbers, int64_t count);
+
 // What lies in a packed tensor: the program it was packed for, and its matrices.
 struct PackedChain {
   const KnownChain* chain;  // valid in this thread until it reads other programs
@@ -67,5 +82,9 @@ PackedChain checked_packed(const char* name, const std::vector<int64_t>& numbers
 // y, from packed matrices or, where `packed` is null, from others that are packed for this call.
 Tensor run_chain(const ChainCall& call, const ChainProgram& program, const Tensor& x, const void* packed,
                  const void* const* matrices);
+
+// Gradients of x, the bias and the matrices; those whose bit is not in `mask` are empty.
+std::vector<Tensor> chain_gradients(const char* name, const ChainProgram& program, const Tensor& grad, const Tensor& x,
+                                    const std::vector<Tensor>& matrices, int64_t mask);
 
 }  // namespace tensorcomp::ops

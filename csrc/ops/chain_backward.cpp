@@ -12,9 +12,10 @@ Tensor zeroed(Tensor t) { return torch::stable::zero_(t); }
 
 Tensor like_rows(const Tensor& t, DType dtype) { return empty_contiguous({t.sizes().begin(), t.sizes().end()}, dtype); }
 
-// Gradients of x, the bias and the matrices; those whose bit is not in `mask` are empty.
-std::vector<Tensor> run_backward(const char* name, const ChainProgram& program, const Tensor& grad, const Tensor& x,
-                                 const std::vector<Tensor>& matrices, int64_t mask) {
+}  // namespace
+
+std::vector<Tensor> chain_gradients(const char* name, const ChainProgram& program, const Tensor& grad, const Tensor& x,
+                                    const std::vector<Tensor>& matrices, int64_t mask) {
   std::vector<Tensor> held;
   const std::vector<const void*> at = checked_matrices(name, program, matrices, &held);
   STD_TORCH_CHECK(x.is_cpu() && matrices[0].scalar_type() == x.scalar_type() && x.dim() >= 1 &&
@@ -66,11 +67,13 @@ std::vector<Tensor> run_backward(const char* name, const ChainProgram& program, 
   return found;
 }
 
+namespace {
+
 std::vector<Tensor> chain_backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> matrices,
                                    std::vector<int64_t> numbers, int64_t mask, bool allow_tf32) {
   ChainProgram program;
   if (has_native_dtype(x) && decode_chain(numbers, &program)) {
-    return run_backward("chain_backward", program, grad, x, matrices, mask);
+    return chain_gradients("chain_backward", program, grad, x, matrices, mask);
   }
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(grad), from(x), from(matrices), from(numbers), from(mask), from(allow_tf32)};
@@ -91,7 +94,7 @@ PairGradients two_factor_linear_backward(const Tensor& grad, const Tensor& x, co
   ChainProgram program;
   if (has_native_dtype(x) && decode_chain(numbers, &program)) {
     const int64_t chain_mask = (mask & 1) | (mask >> 3 & 1) << 1 | (mask >> 2 & 1) << 2 | (mask >> 1 & 1) << 3;
-    const std::vector<Tensor> found = run_backward(kName, program, grad, x, {b, a}, chain_mask);
+    const std::vector<Tensor> found = chain_gradients(kName, program, grad, x, {b, a}, chain_mask);
     return {found[0], found[3], found[2], found[1]};
   }
   using torch::stable::detail::from;

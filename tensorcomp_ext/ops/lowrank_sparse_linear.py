@@ -257,7 +257,7 @@ def _backward(
     output_mask: int,
 ) -> tuple[Tensor, ...]:
     _check_op(x, a, b, values, None, offsets, positions)
-    check_packed(_as_packed(values, offsets, positions, b), _NAME)
+    check_packed(_as_packed(values, offsets, positions, b), f"{_NAME}_backward")
     wanted = mask_bits(output_mask, 5)
     found = gradients(grad, (x, a, b, values), offsets, positions, wanted, create_graph=False)
     return tuple(x.new_empty(0) if g is None else g.contiguous() for g in found)

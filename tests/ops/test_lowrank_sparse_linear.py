@@ -18,7 +18,7 @@ from tucker2_bad_calls import raised
 from tucker2_problems import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, relative
 
 from tensorcomp_ext import reference
-from tensorcomp_ext.ops import PackedSparse, lowrank_sparse_linear
+from tensorcomp_ext.ops import PackedSparse, check_packed, lowrank_sparse_linear
 from tensorcomp_ext.ops.lowrank_sparse_linear import native_support
 
 OPS = torch.ops.tensorcomp
@@ -332,6 +332,9 @@ UNSOUND: dict[str, dict[str, Tensor]] = {
     "a column is negative": {"positions": shorts(-1, 8, 1, 8, 1, 8, 1, 8)},
     "too many bits": {"positions": torch.tensor([[6, 1]] + [[2, 1]] * 3, dtype=torch.uint8)},
     "too few bits": {"positions": torch.tensor([[2, 1]] * 3 + [[0, 1]], dtype=torch.uint8)},
+    "a column out of order is too large": {"positions": shorts(1, 8, 10, 1, 1, 8, 1, 8)},
+    "columns descend": {"positions": shorts(1, 8, 8, 1, 1, 8, 1, 8)},
+    "columns descend and another is too large": {"positions": shorts(1, 8, 8, 1, 1, 10, 1, 8)},
     "bits behind": {"positions": torch.tensor([[2, 128]] + [[2, 1]] * 3, dtype=torch.uint8)},
 }
 
@@ -340,7 +343,7 @@ UNSOUND: dict[str, dict[str, Tensor]] = {
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("name", UNSOUND)
 def test_what_is_not_sound_is_refused(name: str, rows: int, dtype: torch.dtype, isa: str) -> None:
-    """Whoever serves: nothing out of bounds is read, forward or backward."""
+    """Whoever serves, in the same words: nothing out of bounds is read, forward or backward."""
     parts = {
         "values": torch.ones(8, dtype=dtype),
         "offsets": torch.tensor([0, 2, 4, 6, 8], dtype=torch.int32),
@@ -348,12 +351,14 @@ def test_what_is_not_sound_is_refused(name: str, rows: int, dtype: torch.dtype, 
     } | UNSOUND[name]
     packed = PackedSparse(**parts, columns=10)  # type: ignore[arg-type]
     x, a, b = (torch.ones(s, dtype=dtype) for s in ((rows, 10), (4, 2), (2, 10)))
+    wrong = raised(lambda: check_packed(packed))[1].removeprefix("check_packed: ")
+    assert wrong.startswith("packed.")
     for call in (lowrank_sparse_linear, by_op):
         kind, text = raised(lambda call=call: call(x, a, b, packed, None))  # type: ignore[misc]
-        assert kind == "ValueError" and text.startswith("lowrank_sparse_linear: packed.")
+        assert kind == "ValueError" and text == f"lowrank_sparse_linear: {wrong}"
     back = OPS.lowrank_sparse_linear_backward
     kind, text = raised(lambda: back(torch.ones(rows, 4, dtype=dtype), x, a, b, *packed[:3], 31))
-    assert kind == "ValueError" and "packed." in text
+    assert kind == "ValueError" and text == f"lowrank_sparse_linear_backward: {wrong}"
 
 
 def test_arguments() -> None:

@@ -7,16 +7,18 @@
 
 namespace tensorcomp {
 
-#define TC_DECLARE(isa)                    \
-  namespace isa {                          \
-  BottleneckKernels bottleneck_float32();  \
-  BottleneckKernels bottleneck_bfloat16(); \
-  EmbeddingKernels embedding_float32();    \
-  EmbeddingKernels embedding_bfloat16();   \
-  ChainKernels chain_float32();            \
-  ChainKernels chain_bfloat16();           \
-  ContractKernels contract();              \
-  double fma_peak(double seconds);         \
+#define TC_DECLARE(isa)                           \
+  namespace isa {                                 \
+  BottleneckKernels bottleneck_float32();         \
+  BottleneckKernels bottleneck_bfloat16();        \
+  EmbeddingKernels embedding_float32();           \
+  EmbeddingKernels embedding_bfloat16();          \
+  ChainKernels chain_float32();                   \
+  ChainKernels chain_bfloat16();                  \
+  ContractKernels contract();                     \
+  LowrankSparseKernels lowrank_sparse_float32();  \
+  LowrankSparseKernels lowrank_sparse_bfloat16(); \
+  double fma_peak(double seconds);                \
   }
 
 TC_DECLARE(portable)
@@ -26,6 +28,7 @@ TC_DECLARE(avx512)
 namespace avx512_bf16 {
 BottleneckKernels bottleneck_bfloat16();
 ChainKernels chain_bfloat16();
+LowrankSparseKernels lowrank_sparse_bfloat16();
 double fma_peak_bfloat16(double seconds);
 }  // namespace avx512_bf16
 #endif
@@ -73,7 +76,9 @@ const Tables& tables() {
                   avx512_bf16_peak,
                   avx512::embedding_float32(),
                   avx512::embedding_bfloat16(),
-                  avx512::contract()};
+                  avx512::contract(),
+                  avx512::lowrank_sparse_float32(),
+                  avx512_bf16::lowrank_sparse_bfloat16()};
     t.available[i++] = avx512 && __builtin_cpu_supports("avx512bf16");
     t.table[i] = {"avx512",
                   3,
@@ -84,7 +89,9 @@ const Tables& tables() {
                   avx512_peak,
                   avx512::embedding_float32(),
                   avx512::embedding_bfloat16(),
-                  avx512::contract()};
+                  avx512::contract(),
+                  avx512::lowrank_sparse_float32(),
+                  avx512::lowrank_sparse_bfloat16()};
     t.available[i++] = avx512;
     t.table[i] = {"avx2",
                   2,
@@ -95,7 +102,9 @@ const Tables& tables() {
                   avx2_peak,
                   avx2::embedding_float32(),
                   avx2::embedding_bfloat16(),
-                  avx2::contract()};
+                  avx2::contract(),
+                  avx2::lowrank_sparse_float32(),
+                  avx2::lowrank_sparse_bfloat16()};
     t.available[i++] = avx2;
 #endif
     t.table[i] = {"portable",
@@ -107,7 +116,9 @@ const Tables& tables() {
                   portable_peak,
                   portable::embedding_float32(),
                   portable::embedding_bfloat16(),
-                  portable::contract()};
+                  portable::contract(),
+                  portable::lowrank_sparse_float32(),
+                  portable::lowrank_sparse_bfloat16()};
     t.available[i] = true;
     return t;
   }();

@@ -4,7 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../lowrank_sparse.h"
 #include "../params.h"
+#include "../sparse_matrix.h"
+#include "../sparse_panels.h"
 
 #if defined(__x86_64__) && !defined(TENSORCOMP_PORTABLE)
 #define TC_X86 1
@@ -50,6 +53,26 @@ struct ContractKernels {
   void (*run)(const ContractParams&, const ContractPlan&, int64_t phase, int64_t part);
 };
 
+// Low-rank + sparse weights of one element type on one instruction set.
+struct LowrankSparseKernels {
+  SparseWeightPlan (*weight_plan)(const SparseWeightParams&, int64_t threads);
+  void (*weight_run)(const SparseWeightParams&, const SparseWeightPlan&, int64_t phase, int64_t part);
+  SparseWeightBackwardPlan (*weight_backward_plan)(const SparseWeightBackwardParams&, int64_t threads);
+  void (*weight_backward_run)(const SparseWeightBackwardParams&, const SparseWeightBackwardPlan&, int64_t phase,
+                              int64_t part);
+  // What is wrong with a sparse matrix; the functions below take those with which nothing is. The same for every
+  // element type: values are not looked at.
+  SparseFault (*fault)(const SparseMatrix&);
+  SparseLinearPlan (*linear_plan)(const SparseLinearParams&, int64_t threads);
+  void (*linear_run)(const SparseLinearParams&, const SparseLinearPlan&, int64_t phase, int64_t part);
+  SparseLinearBackwardPlan (*linear_backward_plan)(const SparseLinearBackwardParams&, int64_t threads);
+  void (*linear_backward_run)(const SparseLinearBackwardParams&, const SparseLinearBackwardPlan&, int64_t phase,
+                              int64_t part);
+  // In panels: one phase of `parts` pieces.
+  size_t (*panels_scratch_bytes)(const SparsePanelsParams&, int64_t parts);
+  void (*panels_run)(const SparsePanelsParams&, int64_t parts, int64_t part);
+};
+
 struct KernelTable {
   const char* name;  // "avx512_bf16" | "avx512" | "avx2" | "portable"
   int32_t id;
@@ -61,12 +84,17 @@ struct KernelTable {
   EmbeddingKernels embedding_float32;
   EmbeddingKernels embedding_bfloat16;
   ContractKernels contract;
+  LowrankSparseKernels lowrank_sparse_float32;
+  LowrankSparseKernels lowrank_sparse_bfloat16;
 
   const BottleneckKernels& bottleneck(DType dtype) const {
     return dtype == DType::kFloat32 ? bottleneck_float32 : bottleneck_bfloat16;
   }
   const EmbeddingKernels& embedding(DType dtype) const {
     return dtype == DType::kFloat32 ? embedding_float32 : embedding_bfloat16;
+  }
+  const LowrankSparseKernels& lowrank_sparse(DType dtype) const {
+    return dtype == DType::kFloat32 ? lowrank_sparse_float32 : lowrank_sparse_bfloat16;
   }
   const ChainKernels& chain(DType dtype) const { return dtype == DType::kFloat32 ? chain_float32 : chain_bfloat16; }
 };

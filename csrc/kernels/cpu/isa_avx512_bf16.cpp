@@ -21,6 +21,7 @@ namespace {
 
 BottleneckKernels bottleneck_bfloat16() { return Bottleneck<Bfloat16Pairs, Bfloat16Widened>::table(); }
 ChainKernels chain_bfloat16() { return Chain<Bfloat16Pairs, Bfloat16Widened>::table(); }
+LowrankSparseKernels lowrank_sparse_bfloat16() { return LowrankSparse<Bfloat16Pairs, Bfloat16Widened>::table(); }
 double fma_peak_bfloat16(double seconds) { return measure_peak<PairDot>(seconds); }
 }  // namespace tensorcomp::avx512_bf16
 

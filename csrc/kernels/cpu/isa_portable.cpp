@@ -14,5 +14,7 @@ EmbeddingKernels embedding_bfloat16() { return Embedding<Bfloat16Entry>::table()
 ChainKernels chain_float32() { return Chain<Float32>::table(); }
 ChainKernels chain_bfloat16() { return Chain<Bfloat16Widened>::table(); }
 ContractKernels contract() { return contract_kernels(); }
+LowrankSparseKernels lowrank_sparse_float32() { return LowrankSparse<Float32>::table(); }
+LowrankSparseKernels lowrank_sparse_bfloat16() { return LowrankSparse<Bfloat16Widened>::table(); }
 double fma_peak(double seconds) { return measure_peak<FloatDot>(seconds); }
 }  // namespace tensorcomp::portable
