@@ -15,9 +15,7 @@ from .. import models
 from ..nn import FactorizedConv2d, FactorizedLayer, FactorizedLinear
 from .network_schemes import BLOCK, MLP, Target, get_scheme
 
-_SIZES = {"resnet18": 224, "lenet5": 28}
 _CHANNELS = {"lenet5": 1}
-_CLASSES = {"resnet18": 1000}
 TOKENS = 197
 
 
@@ -33,7 +31,7 @@ def build(name: str, scheme: str) -> nn.Module:
         return models.GatedMLP()
     ring = name.startswith("resnet") and scheme.startswith("tr1")
     options: dict[str, Any] = {"option": "B"} if ring else {}
-    return models.build(name, num_classes=_CLASSES.get(name, 10), **options)
+    return models.build(name, num_classes=1000 if models.image_size(name) == 224 else 10, **options)
 
 
 def inputs(name: str, batch: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -43,7 +41,7 @@ def inputs(name: str, batch: int, dtype: torch.dtype, device: str) -> Tensor:
         return torch.randn(batch, 4096, generator=generator).to(device, dtype)
     if name == BLOCK:
         return torch.randn(batch, TOKENS, 384, generator=generator).to(device, dtype)
-    size = _SIZES.get(name, 32)
+    size = models.image_size(name)
     x = torch.randn(batch, _CHANNELS.get(name, 3), size, size, generator=generator)
     return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
 

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .. import models
-
 FRACTION = "fraction"
 """The scheme of every network with convolutions: Tucker-2, a share of each layer's parameters."""
 
@@ -25,7 +23,6 @@ Scheme = Callable[[str, nn.Module], Target | None]
 """From a layer's name and the layer to what it becomes, None where it stays dense."""
 
 BLOCK, MLP = "vit_block", "mlp"
-NETWORKS = (*models.names(), BLOCK, MLP)
 
 # Method sheet, NRMF at 95 %: S-rank and T-rank of the last 3x3 convolutions of ResNet-18.
 _NRMF = {
@@ -132,6 +129,7 @@ _SCHEMES: dict[str, dict[str, Scheme]] = {
     BLOCK: {"tt": train, "svd": svd(_BLOCK_SVD_RANK)},
     MLP: {f"svd{rank}": svd(rank) for rank in (128, 256, 512)},
 }
+NETWORKS = tuple(_SCHEMES)
 
 
 def schemes(network: str) -> tuple[str, ...]:

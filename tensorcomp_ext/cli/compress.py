@@ -35,7 +35,7 @@ from tensorcomp_ext.formats import format_names
 from tensorcomp_ext.plan import tune as tune_plans
 
 LAYER_SECONDS = 0.05  # measuring time per layer: 20 to 1,000 calls, enough for a median
-IMAGE_SIZE = {"lenet5": 28}  # side of the images a network is made for, 32 unless named
+IMAGE_SIZE = {"lenet5": 28, "deit_small": 224}  # side of the images a network is given, 32 unless named
 
 
 def compress(
@@ -260,7 +260,7 @@ def example(
 ) -> torch.Tensor:
     """A batch of the size wanted: test images, over again where they run out, else noise of their shape."""
     if images is None:
-        size = int(options.get("input_size", IMAGE_SIZE.get(model, 32)))
+        size = int(options.get("input_size", models.image_size(model)))
         channels = int(options.get("in_channels", 1 if model == "lenet5" else 3))
         x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
     else:
