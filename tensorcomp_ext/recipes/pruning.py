@@ -85,22 +85,40 @@ class GlobalPruner:
             How many are masked now.
 
         Raises:
-            ValueError: a sparsity outside [0, 1], or NaN or Inf among the entries that are left.
+            ValueError: a sparsity outside [0, 1], or NaN or Inf among the entries that are left; of several
+                processes in all.
         """
         if not 0.0 <= sparsity <= 1.0:
             raise ValueError(f"GlobalPruner: sparsity must be in [0, 1], got {sparsity}")
         wanted = round(sparsity * self.numel)
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
-        if not several or dist.get_rank(self.group) == 0:
-            self._mask(wanted)
         if several:
-            source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-            for weight in self.weights.values():
-                bits = weight.mask.clone()
-                dist.broadcast(bits, source, self.group)
-                # A copy, which tells layers that their mask has changed.
-                weight.mask.copy_(bits)
+            self._mask_together(wanted)
+        else:
+            self._mask(wanted)
         return self.masked
+
+    def _mask_together(self, wanted: int) -> None:
+        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        failure: ValueError | None = None
+        if dist.get_rank(self.group) == 0:
+            try:
+                self._mask(wanted)
+            except ValueError as error:
+                failure = error
+        first = next(iter(self.weights.values())).mask
+        # The others must hear of it, or they would wait for masks that never come.
+        failed = torch.tensor([failure is not None], dtype=torch.uint8, device=first.device)
+        dist.broadcast(failed, source, self.group)
+        if failure is not None:
+            raise failure
+        if bool(failed):
+            raise ValueError("GlobalPruner: the process that decides has NaN or Inf in a sparse part")
+        for weight in self.weights.values():
+            bits = weight.mask.clone()
+            dist.broadcast(bits, source, self.group)
+            # A copy, which tells layers that their mask has changed.
+            weight.mask.copy_(bits)
 
     def _mask(self, wanted: int) -> None:
         kept = torch.cat([weight.kept.flatten() for weight in self.weights.values()])

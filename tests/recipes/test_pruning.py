@@ -1,15 +1,11 @@
-"""Pruning: exact counts, one order over all layers, masks that only shrink, processes that agree."""
+"""Pruning: exact counts, one order over all layers, masks that only shrink."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 import torch
-from pruned_networks import masks, pruned_by_sorting, scores, sparse_network, weights
+from pruned_networks import masks, pruned_by_sorting, sparse_network, weights
 from torch import nn
 
 from tensorcomp_ext import recipes
@@ -223,57 +219,3 @@ def test_sparsity_grows_before_every_epoch(dataset):
         model, dataset, epochs=5, batch_size=32, callbacks=[GradualPruning(pruner, 0.8, 4), Watch()]
     )
     assert seen == [(t, round(0.8 * min(1.0, t / 4) ** 3 * NUMEL)) for t in range(1, 6)]
-
-
-# --- processes ------------------------------------------------------------------------------------------
-
-WORKER = textwrap.dedent("""
-    import sys
-    sys.path.insert(0, sys.argv[1])
-    import torch
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-    from pruned_networks import sparse_network, weights
-    from tensorcomp_ext.recipes import GlobalPruner, slow_start
-
-    torch.set_num_threads(1)
-    rank, folder = int(sys.argv[2]), sys.argv[3]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = DistributedDataParallel(sparse_network(sys.argv[4]), find_unused_parameters=False)
-    pruner = GlobalPruner(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    torch.manual_seed(rank)
-    for t in range(1, 5):
-        if rank:  # even where processes have drifted apart, their masks do not
-            with torch.no_grad():
-                for weight in weights(model):
-                    weight.sparse.add_(0.1 * torch.randn_like(weight.sparse))
-        pruner.prune(slow_start(t, 4, 0.9))
-        for _ in range(3):
-            x, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 4, (8,))
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), labels).backward()
-            optimizer.step()
-    gradients = [p.grad for p in model.parameters()]
-    torch.save({"masks": pruner.state_dict()["masks"], "gradients": gradients}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-""")
-
-
-@pytest.mark.parametrize("mode", ["additive", "masking"])
-def test_two_processes_have_the_same_masks(tmp_path, mode):
-    here = os.path.dirname(__file__)
-    commands = [[sys.executable, "-c", WORKER, here, str(r), str(tmp_path), mode] for r in range(2)]
-    running = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
-    for process in running:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
-    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
-    assert list(first["masks"]) == list(second["masks"])
-    assert same(first["masks"].values(), second["masks"].values())
-    assert same(first["gradients"], second["gradients"])
-    model = sparse_network(mode)
-    pruner = GlobalPruner(model)
-    pruner.load_state_dict({"masks": {n.removeprefix("module."): m for n, m in first["masks"].items()}})
-    assert pruner.masked == round(0.9 * NUMEL)
-    assert sum(scores(w)[~w.kept].numel() for w in weights(model)) == pruner.masked
