@@ -182,9 +182,22 @@ class Report:
             error,
             "",
             "",
-            f"layers {self.layer_ratio:.2f}× smaller, model {self.model_ratio:.2f}×",
+            f"layers {self.layer_ratio:.2f}× smaller, model {self.model_ratio:.2f}×{self._with_indices()}",
         )
         return [*(layer.cells() for layer in self.layers), total]
+
+    def _with_indices(self) -> str:
+        """Both counts of the layers with a sparse part; empty where there is none."""
+        sparse = [layer for layer in self.replaced if layer.bytes_after is not None]
+        if not sparse:
+            return ""
+        weights = sum(layer.parameters_after for layer in sparse)
+        before = sum(layer.bytes_before or 0 for layer in sparse)
+        after = sum(layer.bytes_after or 0 for layer in sparse)
+        return (
+            f"; low-rank + sparse layers: {weights:,} weights without indices, {before:,} → {after:,} bytes "
+            f"with them, {before / max(after, 1):.2f}× smaller"
+        )
 
     def table(self, title: str | None = None) -> Table:
         """The report as a rich table, remarks below it (rich is needed only here)."""

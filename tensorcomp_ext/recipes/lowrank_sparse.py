@@ -104,7 +104,8 @@ def lowrank_sparse(
             raise ValueError(f"lowrank_sparse: storage must be in (0, 1], got {storage}")
         fraction = storage if method == "lowrank" else fraction
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    left = 1.0 - sparsity if storage is None else storage
+    # What S will hold in the end: of what is stored, what L leaves.
+    left = 1.0 - sparsity if storage is None else storage - fraction
     result = parts_of(
         model,
         method=method,

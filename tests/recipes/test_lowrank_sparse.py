@@ -172,6 +172,50 @@ def test_equal_storage_means_a_sparsity_higher_by_the_fraction(trained, dataset)
     assert 0.95 * counts[0]["stored"] < counts[1]["stored"] <= counts[0]["stored"]
 
 
+def dense_bytes(model):
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize("mode", ["additive", "masking"])
+@pytest.mark.parametrize("low_rank", ["tt", "svd"])
+def test_file_of_a_network_at_ninety_percent(dataset, mode, low_rank, tmp_path):
+    """A quarter of the dense one at most: 0.1 in values, 0.1 in factors, 1 / 32 in a bit an entry."""
+    torch.manual_seed(0)
+    hidden = [nn.Linear(64, 640), nn.ReLU(), nn.Linear(640, 512), nn.ReLU()]
+    model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(512, 4))
+    options = {"mode": mode, "low_rank": low_rank, "epochs": 0, "sparsity": 0.9}
+    result = lowrank_sparse(model, dataset, **options)
+    details = result.report.details["lowrank_sparse"]
+    assert details["sparsity"] == pytest.approx(0.9, abs=1e-5)
+    path = tmp_path / "small.safetensors"
+    tc.save(result.model, path)
+    size = path.stat().st_size
+    assert size <= 0.25 * dense_bytes(model)
+    # All that is in the file is counted, but for its header and what stays dense.
+    rest = sum(p.numel() * 4 for n, p in model.named_parameters() if n.startswith("5.") or n.endswith("bias"))
+    assert 0 < size - details["stored_bytes"] - rest < 8192
+    weights = [layer.weight for layer in layers_of(result.model).values()]
+    expected = 0
+    for weight in weights:
+        rows, columns = weight.shape
+        expected += 4 * (weight.numel + rows + 1) + min(rows * ((columns + 7) // 8), 2 * weight.nnz)
+    assert details["stored_bytes"] == expected
+
+
+def test_few_entries_are_numbered(dataset):
+    """Below one entry in sixteen two bytes for each are less than a bit for all; both counts are reported."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 4))
+    result = lowrank_sparse(model, dataset, epochs=0, sparsity=0.97, low_rank="svd")
+    weight = result.model[1].weight
+    assert weight.nnz == 6144 - round(0.97 * 6144) and weight.structure["positions"] == "columns"
+    stored = 4 * weight.numel + 2 * weight.nnz + 4 * 97
+    assert weight.stored_bytes == stored == result.report["1"].bytes_after
+    text = f"{weight.numel:,} weights without indices, 24,576 → {stored:,} bytes with them"
+    assert text in str(result.report)
+    assert "without indices" not in str(parts_of(model, method="lowrank").report)
+
+
 class StopAt(recipes.Callback):
     def __init__(self, step=None):
         self.step = step
