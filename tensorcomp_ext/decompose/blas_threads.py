@@ -18,7 +18,7 @@ def _controller() -> ThreadpoolController:
 
 
 def blas_threads(size: int) -> AbstractContextManager[object]:
-    """One BLAS thread in an eigenproblem of a small `size`, as many as before in a large one.
+    """One BLAS thread in an eigenproblem or SVD of a small `size`, as many as before in a large one.
 
     OpenBLAS waits for its threads by spinning: where another process holds one of the cores, eigenvectors of
     256 x 256 take a second in place of ten milliseconds.

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from .blas_threads import blas_threads
+from .blas_threads import ONE_THREAD_SIZE, blas_threads
 from .unfolding import (
     DecompositionError,
     check_rank,
@@ -37,16 +37,23 @@ class TruncatedSVD(NamedTuple):
 _Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def _torch_gesdd(matrix: Tensor) -> _Triple:
+def _gesdd(matrix: Tensor) -> _Triple:
+    if min(matrix.shape) <= ONE_THREAD_SIZE:  # torch's library waits for its threads as OpenBLAS does
+        return _scipy_svd(matrix, "gesdd")
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vh
 
 
-def _scipy_gesvd(matrix: Tensor) -> _Triple:
+def _gesvd(matrix: Tensor) -> _Triple:
     # Divide and conquer can fail where the older QR iteration converges.
-    u, s, vh = scipy.linalg.svd(
-        matrix.numpy(), full_matrices=False, lapack_driver="gesvd", check_finite=False
-    )
+    return _scipy_svd(matrix, "gesvd")
+
+
+def _scipy_svd(matrix: Tensor, driver: str) -> _Triple:
+    with blas_threads(min(matrix.shape)):
+        u, s, vh = scipy.linalg.svd(
+            matrix.numpy(), full_matrices=False, lapack_driver=driver, check_finite=False
+        )
     return torch.from_numpy(u), torch.from_numpy(s), torch.from_numpy(vh)
 
 
@@ -63,7 +70,7 @@ def _gram_eigh(matrix: Tensor) -> _Triple:
     return u[:, order], s, (q * signed.sign())[:, order].T.contiguous()
 
 
-_SVD_DRIVERS: tuple[Callable[[Tensor], _Triple], ...] = (_torch_gesdd, _scipy_gesvd, _gram_eigh)
+_SVD_DRIVERS: tuple[Callable[[Tensor], _Triple], ...] = (_gesdd, _gesvd, _gram_eigh)
 
 
 def thin_svd(matrix: Tensor) -> _Triple:
@@ -144,7 +151,10 @@ def leading_factor(tensor: Tensor, mode: int, rank: int) -> Tensor:
     size = tensor.shape[mode]
     columns = tensor.numel() // size
     if _is_small(size, columns):
-        vectors = thin_svd(unfold(tensor, mode).double())[0]
+        matrix = unfold(tensor, mode).double()
+        if columns > size:  # right vectors, which nobody asked for, would take most of the time
+            matrix = torch.linalg.qr(matrix.T, mode="r").R.T
+        vectors = thin_svd(matrix)[0]
     elif size <= columns:
         return leading_eigenvectors(lambda: gram(tensor, mode), rank)
     else:
