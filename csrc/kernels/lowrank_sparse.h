@@ -12,7 +12,7 @@ namespace tensorcomp {
 // (1 - mask) * a b + mask * values. Rows of every matrix are contiguous and `_row` elements apart.
 struct SparseWeightShape {
   DType dtype = DType::kFloat32;
-  int64_t m = 0, n = 0, rank = 0;  // none is zero
+  int64_t m = 0, n = 0, rank = 0;  // but for the rank, which leaves the sparse part alone, none is zero
   bool masking = false;
   bool bits = false;  // the mask has a bit an entry, bit j % 8 of byte j / 8; else a byte
   const uint8_t* mask = nullptr;

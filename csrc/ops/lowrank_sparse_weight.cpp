@@ -13,6 +13,7 @@ namespace {
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr const char* kName = "lowrank_sparse_weight";
+constexpr int64_t kMoved = 8;  // multiply-adds in the time an entry is read and written
 
 // A matrix whose rows are contiguous; rows of an expanded tensor may be one and the same.
 Tensor in_rows(const Tensor& t) {
@@ -23,7 +24,7 @@ Tensor in_rows(const Tensor& t) {
 int64_t row_of(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
 bool fits(const Tensor& a, const Tensor& b) {
-  return has_native_dtype(a) && a.dim() == 2 && b.dim() == 2 && a.numel() > 0 && b.numel() > 0;
+  return has_native_dtype(a) && a.dim() == 2 && b.dim() == 2 && a.size(0) > 0 && b.size(1) > 0;
 }
 
 // Tensors that are read as they lie, kept until the call ends.
@@ -82,7 +83,7 @@ Tensor lowrank_sparse_weight(const Tensor& a, const Tensor& b, const Tensor& val
   Tensor w = empty_contiguous({p.shape.m, p.shape.n}, p.shape.dtype);
   p.w = w.mutable_data_ptr();
   const LowrankSparseKernels& kernels = kernel_table().lowrank_sparse(p.shape.dtype);
-  const SparseWeightPlan plan = kernels.weight_plan(p, useful_threads(p.shape.m * p.shape.n, p.shape.rank));
+  const SparseWeightPlan plan = kernels.weight_plan(p, useful_threads(p.shape.m * p.shape.n, p.shape.rank + kMoved));
   Tensor scratch = empty_bytes(plan.scratch_bytes);
   p.scratch = scratch.mutable_data_ptr();
   run_phases(plan.phases, plan.parts, [&](int64_t phase, int64_t part) { kernels.weight_run(p, plan, phase, part); });
@@ -108,13 +109,13 @@ Gradients lowrank_sparse_weight_backward(const Tensor& grad, const Tensor& a, co
   const auto made = [&](int bit, int64_t rows, int64_t columns, void** at) {
     const bool wanted = (mask_out >> bit & 1) != 0;
     Tensor t = empty_contiguous(wanted ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0}, q.shape.dtype);
-    if (wanted) *at = t.mutable_data_ptr();
+    if (wanted && t.numel() > 0) *at = t.mutable_data_ptr();
     return t;
   };
   const SparseWeightShape& s = q.shape;
   Gradients found{made(0, s.m, s.rank, &q.grad_a), made(1, s.rank, s.n, &q.grad_b), made(2, s.m, s.n, &q.grad_values)};
   const LowrankSparseKernels& kernels = kernel_table().lowrank_sparse(s.dtype);
-  const SparseWeightBackwardPlan plan = kernels.weight_backward_plan(q, useful_threads(s.m * s.n, 2 * s.rank));
+  const SparseWeightBackwardPlan plan = kernels.weight_backward_plan(q, useful_threads(s.m * s.n, 2 * s.rank + kMoved));
   Tensor scratch = empty_bytes(plan.scratch_bytes);
   q.scratch = scratch.mutable_data_ptr();
   run_phases(plan.phases, plan.parts,

@@ -16,8 +16,8 @@ struct WeightCase {
   int64_t m, n, rank;
 };
 
-const WeightCase kCases[] = {{1, 1, 1},    {1, 33, 3},  {33, 1, 2},    {14, 32, 8},  {29, 65, 5},
-                             {60, 600, 7}, {5, 130, 9}, {130, 15, 17}, {100, 24, 40}};
+const WeightCase kCases[] = {{1, 1, 1},    {1, 33, 3},  {33, 1, 2},    {14, 32, 8},   {29, 65, 5},
+                             {60, 600, 7}, {5, 130, 9}, {130, 15, 17}, {100, 24, 40}, {7, 43, 0}};
 
 struct WeightProblem {
   int64_t m, n, rank, mask_row;
@@ -93,8 +93,8 @@ void check_backward(const WeightProblem& w, int64_t threads, double tolerance) {
   q.shape = w.shape();
   q.grad = w.grad.get();
   q.grad_row = w.n;
-  q.grad_a = grad_a.get();
-  q.grad_b = grad_b.get();
+  q.grad_a = w.rank ? grad_a.get() : nullptr;
+  q.grad_b = w.rank ? grad_b.get() : nullptr;
   q.grad_values = grad_values.get();
   const SparseWeightBackwardPlan plan = kernels.weight_backward_plan(q, threads);
   Bytes scratch(plan.scratch_bytes);
@@ -115,6 +115,16 @@ void check_backward(const WeightProblem& w, int64_t threads, double tolerance) {
   CHECK(distance(grad_a, right_a) < tolerance && grad_a.whole());
   CHECK(distance(grad_b, right_b) < tolerance && grad_b.whole());
   CHECK(distance(grad_values, right_values) < tolerance && grad_values.whole());
+  // The values' gradient alone.
+  Guarded alone(w.dtype, w.m * w.n);
+  q.grad_a = q.grad_b = nullptr;
+  q.grad_values = alone.get();
+  const SparseWeightBackwardPlan one = kernels.weight_backward_plan(q, threads);
+  Bytes memory(one.scratch_bytes);
+  q.scratch = memory.get();
+  run_phases(one.phases, one.parts,
+             [&](int64_t phase, int64_t part) { kernels.weight_backward_run(q, one, phase, part); });
+  CHECK(distance(alone, right_values) == 0 && alone.whole());
 }
 
 }  // namespace

@@ -122,7 +122,11 @@ class LowRankSparse(SparseFormat):
             return found.reshape(self.shape)
         low, sparse = self.low_rank_dense(), self.sparse.reshape(self.shape)
         if low is None:
-            return torch.where(self.kept, sparse, 0)
+            m, n = self.matrix_shape
+            nothing = (sparse.new_empty(m, 0), sparse.new_empty(0, n))
+            return lowrank_sparse_weight(*nothing, self.sparse, self.mask, mode="additive").reshape(
+                self.shape
+            )
         if self.mode == "masking":
             return torch.where(self.kept, sparse, low)
         return low + torch.where(self.kept, sparse, 0)

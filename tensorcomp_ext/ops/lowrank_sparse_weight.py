@@ -53,6 +53,7 @@ def lowrank_sparse_weight(
 
     Args:
         a: ``[m, r]``, any strides, as all arguments. A convolution's weight goes here as ``[T, S kh kw]``.
+            With r = 0 there is no low-rank part, and W is what the mask keeps of S.
         b: ``[r, n]``.
         values: S, ``[m, n]``.
         mask: M, bool ``[m, n]``, or one bit an entry, uint8 ``[m, ceil(n / 8)]`` from ``pack_mask``.
@@ -100,8 +101,6 @@ def check_arguments(a: Tensor, b: Tensor, values: Tensor, mask: Tensor) -> None:
     check_tensor(values, "values", 2, "[m, n]", _NAME)
     m, r = a.shape
     n = b.shape[1]
-    if r == 0:
-        raise ValueError(f"{_NAME}: a must be [m, r] with r >= 1, got {list(a.shape)}")
     if b.shape[0] != r:
         raise ValueError(f"{_NAME}: b must be [r, n] with r = {r}, got {list(b.shape)}")
     if values.shape[0] != m or values.shape[1] != n:

@@ -65,7 +65,7 @@ class WeightCase:
 WEIGHT_CASES = [
     WeightCase(),
     *(WeightCase(m=m, n=n) for m, n in ((1, 1), (1, 33), (33, 1), (14, 32), (29, 65), (130, 127))),
-    *(WeightCase(rank=r) for r in (1, 8, 17, 129)),
+    *(WeightCase(rank=r) for r in (0, 1, 8, 17, 129)),
     *(WeightCase(kept=k) for k in (0.0, 1.0)),
     WeightCase(m=0),
     WeightCase(n=0),

@@ -328,7 +328,7 @@ def test_arguments() -> None:
     name = "lowrank_sparse_weight: "
     assert said([1]) == name + "a must be a tensor, got list"
     assert said(a[0]) == name + "a must be [m, r], got [3]"
-    assert said(a[:, :0], b[:0]) == name + "a must be [m, r] with r >= 1, got [9, 0]"
+    assert said(a[:, :0]) == name + "b must be [r, n] with r = 0, got [3, 13]"
     assert said(b=b[:2]) == name + "b must be [r, n] with r = 3, got [2, 13]"
     assert said(values=values[:, 1:]) == name + "values must be [m, n] = [9, 13], got [9, 12]"
     assert said(b=b.double()) == name + "b must have a's dtype torch.float32, got torch.float64"

@@ -30,6 +30,7 @@
 #include "chain_entry.inl.h"
 #include "contract.inl.h"
 #include "lowrank_sparse_mask.inl.h"
+#include "lowrank_sparse_kept.inl.h"
 #include "lowrank_sparse_weight.inl.h"
 #include "lowrank_sparse_weight_backward.inl.h"
 #include "lowrank_sparse_check.inl.h"

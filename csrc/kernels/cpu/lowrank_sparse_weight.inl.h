@@ -67,6 +67,10 @@ inline SparseWeightPlan sparse_weight_plan(const SparseWeightParams& p, int64_t 
   const SparseWeightShape& s = p.shape;
   SparseWeightPlan g;
   g.parts = threads;
+  if (s.rank == 0) {
+    g.phases = 1;
+    return g;
+  }
   g.cut_columns = s.m < 2 * kMaxRows * threads;
   // Rows of a are read in words where they lie.
   const bool whole_words = !T::kNarrow && (!T::kPairs || s.rank % 2 == 0);
@@ -89,6 +93,7 @@ class SparseWeight {
       : p_(p), s_(p.shape), g_(g), part_(part), k_(words<T>(p.shape.rank)), packed_(static_cast<float*>(p.scratch)) {}
 
   void run(int64_t phase) {
+    if (s_.rank == 0) return store_kept<E>(s_, p_.values, p_.values_row, p_.w, part_, g_.parts);
     if (phase == 0) {
       pack_columns<T>(static_cast<const E*>(s_.b), 1, 0, s_.rank, s_.b_row, s_.n, 1, packed_, part_, g_.parts);
       return;

@@ -6,6 +6,11 @@ template <class T>
 inline SparseWeightBackwardPlan sparse_weight_backward_plan(const SparseWeightBackwardParams& q, int64_t threads) {
   const SparseWeightShape& s = q.shape;
   SparseWeightBackwardPlan g;
+  if (!q.grad_a && !q.grad_b) {
+    g.phases = 1;
+    g.parts = threads;
+    return g;
+  }
   constexpr int64_t kHeight = 64, kWidth = 512;
   const int64_t most = (s.m + kMaxRows - 1) / kMaxRows;
   g.parts = threads < most ? threads : most;
@@ -53,7 +58,9 @@ class SparseWeightBackward {
   }
 
   void run(int64_t phase) {
-    if (phase == 0) {
+    if (g_.phases == 1) {
+      if (q_.grad_values) store_kept<E>(s_, q_.grad, q_.grad_row, q_.grad_values, part_, g_.parts);
+    } else if (phase == 0) {
       if (q_.grad_a) {
         pack_columns<T>(static_cast<const E*>(s_.b), 1, 0, s_.n, 1, s_.rank, s_.b_row, turned_, part_, g_.parts);
       }
