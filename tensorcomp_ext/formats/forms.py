@@ -82,7 +82,7 @@ class TapNetwork:
 class SparseSum:
     """A low-rank weight and entries of a dense matrix: ``W = L + M * S``, or ``W = (1 - M) * L + M * S``.
 
-    Matrices of a kernel are ``[T, S K]``. For training: plans rebuild W.
+    Matrices of a kernel are ``[T, S K]``. For training: plans rebuild W, or multiply both parts apart.
     """
 
     low_rank: Form | None

@@ -10,6 +10,7 @@ from .embedding import StagedEmbedding
 from .staged_conv import StagedConv
 from .staged_network import StagedNetwork
 from .staged_pair import StagedPair
+from .staged_sparse import StagedSparse
 from .staged_taps import StagedTaps
 
 
@@ -17,7 +18,8 @@ from .staged_taps import StagedTaps
 class Staged(ByForm):
     """Three library convolutions for a bottleneck convolution, products in the best order for a network.
 
-    Of an embedding the slices of every index, and batched products of them.
+    Of an embedding the slices of every index, and batched products of them; of a low-rank + sparse linear
+    layer both factors and the pruned matrix.
     """
 
     forms: ClassVar[tuple[Plan, ...]] = (
@@ -25,6 +27,7 @@ class Staged(ByForm):
         StagedPair(),
         StagedNetwork(),
         StagedTaps(),
+        StagedSparse(),
         StagedEmbedding(),
     )
     what: ClassVar[str] = "linear and convolutional layers and embeddings"

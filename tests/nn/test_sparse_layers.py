@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -170,6 +171,39 @@ def test_pointwise_convolutions_take_the_linear_kernel() -> None:
     for geometry in ({"stride": 2}, {"padding": 1}):
         other, _ = pointwise(torch.channels_last, **geometry)
         assert "fused" not in [plan.name for plan in plans_for(other)]
+
+
+@pytest.mark.parametrize("rows", [(7,), (2, 3), (), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_training_without_the_sum_of_both_parts(rows: tuple[int, ...], bias: bool) -> None:
+    """The plan "staged" and its gradients are those of the dense weight."""
+    layer = FactorizedLinear(40, 30, bias, format="lowrank_sparse", rank=3)
+    pruned(layer)
+    x, dy = torch.randn(*rows, 40, requires_grad=True), torch.randn(*rows, 30)
+    parameters, found = dict(layer.named_parameters()), {}
+    for plan in ("dense", "staged"):
+        layer.plan = plan
+        for _ in range(2):  # the second call goes through what the first one kept
+            y = layer(x)
+        found[plan] = [y.detach(), *torch.autograd.grad(y, [x, *parameters.values()], dy)]
+        with torch.no_grad():
+            assert torch.allclose(layer(x), y, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(found["staged"], found["dense"], strict=True):
+        assert ours.shape == expected.shape
+        assert not ours.numel() or not expected.any() or relative(ours, expected) < 1e-5
+    of_sparse = found["staged"][2 + list(parameters).index("weight.sparse")]
+    assert not of_sparse[~layer.weight.kept].any()
+    layer.plan = None
+    for training in (True, False):
+        staged = {c.name: c for c in layer.plans(x, training=training)}["staged"]
+        assert staged.available.ok == training
+        assert staged.macs == math.prod(rows) * (30 * 40 + 3 * (30 + 40))
+
+
+def test_only_additive_pairs_are_multiplied_apart() -> None:
+    for options in ({"mode": "masking"}, {"low_rank": "tt"}):
+        layer = FactorizedLinear(40, 30, format="lowrank_sparse", rank=3, **options)
+        assert "staged" not in [plan.name for plan in plans_for(layer)]
 
 
 def test_plans_count_what_they_do() -> None:
