@@ -12,6 +12,8 @@ from torch import nn
 from .evaluate import Accuracy
 from .schedule import SCHEDULES
 
+OPTIMIZERS = ("sgd", "adam")
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -64,6 +66,7 @@ class Settings:
     momentum: float
     weight_decay: float
     schedule: str
+    optimizer: str
     augment: bool
     label_smoothing: float
     seed: int
@@ -73,6 +76,10 @@ class Settings:
     def check(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"train: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"train: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
         if self.images < 1:
             raise ValueError(f"train: {self.dataset} has no training images")
         for name, value, low, high in (

@@ -35,6 +35,7 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     schedule: str = "onecycle",
+    optimizer: str = "sgd",
     augment: bool | None = None,
     label_smoothing: float = 0.0,
     seed: int = 0,
@@ -45,7 +46,7 @@ def train(
     test_each_epoch: bool = False,
     checkpoint: str | Path | None = None,
 ) -> TrainResult:
-    """Minimise the mean cross-entropy by SGD with Nesterov momentum, in place; on a CPU resumable bit by bit.
+    """Minimise the mean cross-entropy by SGD or Adam, in place; on a CPU resumable bit by bit.
 
     Every epoch draws its order, augmentation and dropout from (seed, epoch) alone, and the learning rate is a
     function of the step, so a run killed at any moment and started again with the same arguments continues
@@ -58,8 +59,10 @@ def train(
         epochs: passes over the images; an incomplete last batch of a pass is dropped.
         lr: largest learning rate.
         batch_size: images per step; all images at once where there are fewer.
+        momentum: Nesterov's; of Adam its first decay rate.
         weight_decay: L2 coefficient on every parameter.
         schedule: "onecycle", "cosine", "constant" or "decay".
+        optimizer: "sgd" or "adam" (Kingma & Ba 2015), for which lr should be about 1e-3.
         augment: shift by up to 4 pixels and mirror; None does so for cifar10 only (digits must not be
             mirrored).
         label_smoothing: weight of the uniform distribution in the targets, 0..1.
@@ -85,6 +88,7 @@ def train(
         momentum=momentum,
         weight_decay=weight_decay,
         schedule=schedule,
+        optimizer=optimizer,
         augment=wants_augment,
         label_smoothing=label_smoothing,
         seed=seed,
@@ -97,23 +101,21 @@ def train(
         [dict(g) for g in parameters] if parameters else [p for p in model.parameters() if p.requires_grad]
     )
     steps_per_epoch = max(1, settings.images // batch_size)
-    optimizer = torch.optim.SGD(
-        groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
-    )
-    for group in optimizer.param_groups:
+    descent = _optimizer(optimizer, groups, lr, momentum, weight_decay)
+    for group in descent.param_groups:
         group["peak_lr"] = group["lr"]
     history: list[Epoch] = []
     if checkpoint is not None and Path(checkpoint).exists():
         saved = read_checkpoint(checkpoint)
-        check_settings(checkpoint, saved["settings"], asdict(settings))
-        optimizer.load_state_dict(saved["optimizer"])
+        check_settings(checkpoint, {"optimizer": "sgd", **saved["settings"]}, asdict(settings))
+        descent.load_state_dict(saved["optimizer"])
         load_model_state(checkpoint, model, saved["model"])
         for callback, kept in zip(callbacks, saved["callbacks"], strict=True):
             callback.load_state_dict(kept)
         history = [Epoch.from_dict(entry) for entry in saved["history"]]
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = TrainState(model, optimizer, dataset, epochs, epochs * steps_per_epoch)
+    state = TrainState(model, descent, dataset, epochs, epochs * steps_per_epoch)
     devices = [device] if device.type == "cuda" else []
     with modes_kept(model), torch.random.fork_rng(devices):
         model.train()
@@ -132,13 +134,22 @@ def train(
                     {
                         "settings": asdict(settings),
                         "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizer": descent.state_dict(),
                         "callbacks": [callback.state_dict() for callback in callbacks],
                         "history": [entry.to_dict() for entry in history],
                         "normalization": {"mean": list(dataset.mean), "std": list(dataset.std)},
                     },
                 )
     return TrainResult(model, history)
+
+
+def _optimizer(
+    name: str, parameters: Any, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+    nesterov = momentum > 0
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
 def finetune(

@@ -71,6 +71,20 @@ def test_first_step_is_nesterov_sgd(dataset):
     assert difference < 1e-5
 
 
+def test_first_step_of_adam(dataset):
+    """The first step of Adam is lr times the gradient over its magnitude, decay included."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    weight, bias = model[1].weight.detach().double(), model[1].bias.detach().double()
+    before = model[1].weight.detach().clone()
+    x = dataset.normalize(dataset.train_images).double().flatten(1)
+    target = torch.eye(4, dtype=torch.float64)[dataset.train_labels]
+    gradient = (torch.softmax(x @ weight.T + bias, 1) - target).T @ x / len(x) + 0.01 * weight
+    expected = before.double() - 0.003 * gradient / (gradient.abs() + 1e-8)
+    options = {"lr": 0.003, "batch_size": 500, "weight_decay": 0.01, "schedule": "constant"}
+    recipes.train(model, dataset, epochs=1, optimizer="adam", **options)
+    torch.testing.assert_close(model[1].weight.double() - before, expected - before, rtol=1e-3, atol=1e-6)
+
+
 def test_repeats_itself_and_leaves_the_global_generator(dataset):
     state = torch.get_rng_state()
     a, b, c = network(), network(), network()
@@ -102,10 +116,10 @@ class StopAt(recipes.Callback):
         self.count = state["count"]
 
 
-@pytest.mark.parametrize("step", [0, 7, 14, 19])
-def test_resume_gives_the_same_bits(dataset, tmp_path, step):
+@pytest.mark.parametrize("step,optimizer", [(0, "sgd"), (7, "sgd"), (14, "adam"), (19, "sgd")])
+def test_resume_gives_the_same_bits(dataset, tmp_path, step, optimizer):
     """Five steps an epoch, four epochs; interrupted at a step, a fresh model runs the rest."""
-    options = {"epochs": 4, "lr": 0.05, "batch_size": 32, "augment": True, "seed": 2}
+    options = {"epochs": 4, "lr": 0.05, "batch_size": 32, "augment": True, "seed": 2, "optimizer": optimizer}
     whole, counter = network(), StopAt()
     reference = recipes.train(whole, dataset, callbacks=[counter], **options).history
     path = tmp_path / "run" / "checkpoint.pt"
@@ -324,6 +338,7 @@ def test_crops_are_shifted_copies(channels, height, width, pad):
         ({"batch_size": 0}, "batch_size"),
         ({"momentum": 1.5}, "momentum"),
         ({"schedule": "steps"}, "cosine, onecycle, constant"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
         ({"label_smoothing": 2.0}, "label_smoothing"),
     ],
 )
