@@ -33,6 +33,7 @@ from tensorcomp_ext.compress.storage import read_header, save
 from tensorcomp_ext.compress.surgery import compress as compress_network
 from tensorcomp_ext.formats import format_names
 from tensorcomp_ext.plan import tune as tune_plans
+from tensorcomp_ext.recipes.settings import OPTIMIZERS
 
 LAYER_SECONDS = 0.05  # measuring time per layer: 20 to 1,000 calls, enough for a median
 IMAGE_SIZE = {"lenet5": 28, "deit_small": 224}  # side of the images a network is given, 32 unless named
@@ -72,6 +73,7 @@ def compress(
     ] = False,
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of training after decomposition.")] = 0,
     lr: Annotated[float, typer.Option(min=0, help="Largest learning rate of that training.")] = 0.01,
+    optimizer: Annotated[str, typer.Option(help=f"Of that training: {', '.join(OPTIMIZERS)}.")] = "sgd",
     recipe: Annotated[
         str | None,
         typer.Option(help=f"Compress while training for --finetune-epochs: {NAMES}. Needs no --rank."),
@@ -96,6 +98,14 @@ def compress(
     sparsity_schedule: Annotated[
         str, typer.Option(help="Recipe: slow-start (at the end most) or zhu-gupta (at the start most).")
     ] = "slow-start",
+    criterion: Annotated[
+        str,
+        typer.Option(help="Recipe: what is small: magnitude of S or, with --mode masking, difference S - L."),
+    ] = "magnitude",
+    direction: Annotated[
+        str,
+        typer.Option(help="Recipe: divergence learned from: teacher-student (Hinton) or student-teacher."),
+    ] = "teacher-student",
     seed: Annotated[int, typer.Option(help="Seed of that training and of the images to recalibrate on.")] = 0,
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the network here.")] = None,
     html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a report for a browser.")] = None,
@@ -116,8 +126,14 @@ def compress(
     ranks, batches = parse_ranks(rank or ["vbmf"]), parse_batches(batch)
     procedure: Recipe | None = None
     if recipe is not None:
-        procedure = Recipe(recipe, low_rank, mode, init, fraction, sparsity, storage, sparsity_schedule)
+        procedure = Recipe(
+            recipe, low_rank, mode, init, fraction, sparsity, storage, sparsity_schedule, criterion, direction
+        )
         procedure.check(finetune_epochs, rank, (format, layers, recalibrate))
+    if optimizer not in OPTIMIZERS:
+        raise typer.BadParameter(
+            f"{optimizer!r} is none of {', '.join(OPTIMIZERS)}", param_hint="--optimizer"
+        )
     if dataset not in data.names():
         raise typer.BadParameter(f"{dataset!r} is none of {', '.join(data.names())}", param_hint="--dataset")
     if finetune_epochs and data_dir is None and dataset != "digits":
@@ -138,9 +154,10 @@ def compress(
         summary["images"] = {"dataset": images.name, "test": len(images.test_labels)}
         _score(screen, summary, "before", dense, images, channels_last)
     inputs = example(images, options, model, batches[0], channels_last)
+    training: dict[str, Any] = {"epochs": finetune_epochs, "lr": lr, "optimizer": optimizer, "seed": seed}
+    training["channels_last"] = channels_last
     if procedure is not None:
         assert images is not None  # as checked above: epochs need images
-        training = {"epochs": finetune_epochs, "lr": lr, "seed": seed, "channels_last": channels_last}
         made = procedure.run(screen, dense, images, inputs, exclude or (), **training)
         small, report = made.model, made.report
         summary |= report.details
@@ -164,7 +181,8 @@ def compress(
             else:
                 warnings.warn("--recalibrate: the network has no batch normalisation", stacklevel=1)
         if finetune_epochs:
-            _finetune(screen, small, images, finetune_epochs, lr, seed, channels_last)
+            with screen.training("fine-tuning") as step:
+                recipes.finetune(small, images, progress=step, **training)
             _score(screen, summary, "finetuned", small, images, channels_last)
     small.eval()
     if not report.replaced:
@@ -285,13 +303,6 @@ def _warn(accuracy: dict[str, dict[str, int]], epochs: int, lr: float) -> None:
     more = f"more than {epochs} epochs of fine-tuning or another --lr than {lr:g}"
     first = more if epochs else "fine-tuning with --finetune-epochs 3"
     warn_of_loss(before, after, f"{first}, or gentler ranks such as --rank energy:0.95")
-
-
-def _finetune(
-    screen: Screen, model: nn.Module, images: data.Dataset, epochs: int, lr: float, seed: int, last: bool
-) -> None:
-    with screen.training("fine-tuning") as step:
-        recipes.finetune(model, images, epochs=epochs, lr=lr, seed=seed, channels_last=last, progress=step)
 
 
 def tune_for(

@@ -60,7 +60,8 @@ def write_html(path: str | Path, results: Mapping[str, Any]) -> None:
             (optional); and, where they are not in the report's details, "accuracy": stage -> {"correct",
             "total"} with the stages before, decomposed, recalibrated, finetuned; "latency": batch size ->
             {"dense", "compressed"} -> {"p10", "p50", "p90"} in seconds; "bytes" and "files": {"before",
-            "after"}; "spectra" as `spectra.add_spectra` writes them. "sweep": the points of `sweep.sweep`
+            "after"}; "spectra" as `spectra.add_spectra` and "histograms" as `recipes.lowrank_sparse` write
+            them. "sweep": the points of `sweep.sweep`
             (optional), in place of runs or beside them.
 
     Raises ValueError where there is no run or a report is none; OSError where the file cannot be written.
@@ -117,7 +118,8 @@ class _Run:
 
         self.accuracy, self.latency = entry("accuracy"), entry("latency")
         self.bytes, self.files = entry("bytes"), entry("files")
-        self.spectra = entry("spectra")
+        self.spectra, self.histograms = entry("spectra"), entry("histograms")
+        self.trained = "lowrank_sparse" in self.report.details
 
     def latency_of(self, batch: str, network: str) -> Latency | None:
         taken = self.latency.get(batch, {}).get(network)
@@ -188,11 +190,17 @@ def _section(run: _Run, identity: str, with_plots: bool) -> dict[str, Any]:
             "macs": (_count(report.macs_before), _count(report.macs_after)),
             "error": "" if report.output_error is None else f"{report.output_error:.3f}",
             "remark": f"all parameters; layers {report.layer_ratio:.2f}× smaller, "
-            f"model {report.model_ratio:.2f}×; the error is that of the outputs before fine-tuning",
+            f"model {report.model_ratio:.2f}×{report.sparse_note}; the error is that of the outputs "
+            f"{'after training' if run.trained else 'before fine-tuning'}",
         },
         "plot": Markup(plots.layer_plot(replaced, identity)) if with_plots and replaced else None,
         "spectra": _spectra(run, identity) if with_plots and run.spectra else None,
+        "histograms": _histograms(run, identity) if with_plots and run.histograms else None,
     }
+
+
+def _histograms(run: _Run, identity: str) -> Markup:
+    return Markup(report_plots.histogram_plot(run.histograms, f"{identity}-histograms"))
 
 
 def _spectra(run: _Run, identity: str) -> Markup:

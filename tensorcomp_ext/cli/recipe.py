@@ -31,6 +31,8 @@ class Recipe:
     sparsity: float
     storage: float | None
     sparsity_schedule: str
+    criterion: str
+    direction: str
 
     def check(self, epochs: int, rank: Sequence[str] | None, others: Sequence[object]) -> None:
         """typer.BadParameter (exit status 2) for options that do not fit, before any work.
@@ -46,10 +48,16 @@ class Recipe:
             ("--mode", self.mode, ("additive", "masking")),
             ("--init", self.init, ("residual", "masking")),
             ("--sparsity-schedule", self.sparsity_schedule, tuple(SPARSITY_SCHEDULES)),
+            ("--criterion", self.criterion, ("magnitude", "difference")),
+            ("--direction", self.direction, ("teacher-student", "student-teacher")),
         )
         for option, value, allowed in choices:
             if value not in allowed:
                 raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}", param_hint=option)
+        if self.criterion == "difference" and (self.mode, self.method) != ("masking", "lowrank-sparse"):
+            raise typer.BadParameter(
+                "'difference' is for --recipe lowrank-sparse --mode masking", param_hint="--criterion"
+            )
         if rank or any(others):
             raise typer.BadParameter(
                 "a recipe chooses formats and ranks itself, by --low-rank and --fraction; leave out --rank, "
@@ -80,6 +88,8 @@ class Recipe:
             "sparsity": self.sparsity,
             "storage": self.storage,
             "sparsity_schedule": self.sparsity_schedule,
+            "criterion": self.criterion,
+            "direction": self.direction,
         }
         with screen.training(self.method) as step:
             return recipes.lowrank_sparse(

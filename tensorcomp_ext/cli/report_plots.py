@@ -1,4 +1,4 @@
-"""Plots of spectra and of a sweep over ranks, for the report."""
+"""Plots of spectra, of weights and of a sweep over ranks, for the report."""
 
 from __future__ import annotations
 
@@ -39,6 +39,30 @@ def spectra_plot(spectra: Mapping[str, Sequence[Mapping[str, Any]]], prefix: str
             for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        return svg(figure, prefix)
+
+
+def histogram_plot(histograms: Mapping[str, Mapping[str, Any]], prefix: str) -> str:
+    """Weights of every layer by value, before and after, a panel each; one SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = -(-len(histograms) // _COLUMNS)
+    columns = min(_COLUMNS, len(histograms))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.9 * columns + 0.4, 1.5 * rows + 0.5), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in panels[len(histograms) :]:
+            axes.set_axis_off()
+        for axes, (name, counted) in zip(panels, histograms.items(), strict=False):
+            limit, bins = counted["limit"], len(counted["before"])
+            edges = [limit * (2 * k / bins - 1) for k in range(bins + 1)]
+            for label, colour, key in (("dense", DENSE, "before"), ("compressed", COMPRESSED, "after")):
+                axes.stairs(counted[key], edges, color=colour, linewidth=1.2, label=label)
+            axes.set_yscale("symlog", linthresh=1)
+            axes.set_title(name or "(model)", fontsize=8)
+            axes.tick_params(labelsize=7)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return svg(figure, prefix)
 
 

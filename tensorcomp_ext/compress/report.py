@@ -182,12 +182,13 @@ class Report:
             error,
             "",
             "",
-            f"layers {self.layer_ratio:.2f}× smaller, model {self.model_ratio:.2f}×{self._with_indices()}",
+            f"layers {self.layer_ratio:.2f}× smaller, model {self.model_ratio:.2f}×{self.sparse_note}",
         )
         return [*(layer.cells() for layer in self.layers), total]
 
-    def _with_indices(self) -> str:
-        """Both counts of the layers with a sparse part; empty where there is none."""
+    @property
+    def sparse_note(self) -> str:
+        """Both counts of the layers with a sparse part, as the end of a remark; empty where there is none."""
         sparse = [layer for layer in self.replaced if layer.bytes_after is not None]
         if not sparse:
             return ""

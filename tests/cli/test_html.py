@@ -130,6 +130,21 @@ def test_plots_take_the_colour_of_the_page():
     assert plots.layer_plot(report().replaced, "p") == text
 
 
+def test_histograms_have_a_panel_a_layer(tmp_path):
+    """Five layers take two rows of panels; counts of nothing are no matter for the axis."""
+    counts = {"limit": 0.5, "before": [0, 3, 900, 2], "after": [1, 0, 4, 0]}
+    names = ["<script>", "b", "c", "d", "e"]
+    sparse = {"histograms": dict.fromkeys(names, counts), "lowrank_sparse": {"method": "sparse"}}
+    path = tmp_path / "report.html"
+    html.write_report(path, report(**sparse))
+    text = path.read_text()
+    Document(text)
+    assert "<script" not in text and "after training" in text and "before fine-tuning" not in text
+    assert text.count('id="run-1-histograms-axes_') == 5 + 3
+    plain = html.render({"runs": [{"name": "x", "report": report()}]})
+    assert "which value" not in plain and "before fine-tuning" in plain
+
+
 def test_tables_alone_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "available", lambda: False)
     html.write_report(tmp_path / "r.html", report(**DETAILS))
