@@ -149,6 +149,8 @@ Tensor lowrank_sparse_linear_packed(const Tensor& x, const Tensor& packed, std::
   p.n = sizes[2];
   p.slots = header.slots;
   p.loose = header.loose;
+  // A count for each bundle and chunk: more than the tensor has bytes would overflow what Layout adds up.
+  STD_TORCH_CHECK(p.chunks() <= packed.numel() / p.bundles(), kName, ": ", kMadeForOthers);
   const Layout layout(p, pair.bytes[static_cast<size_t>(dtype)]);
   const Header expected{Header::kMagic, isa_and_dtype(dtype), sizes[0], sizes[1], sizes[2], p.slots, p.loose, 0};
   const auto* from =

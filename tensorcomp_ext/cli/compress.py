@@ -24,7 +24,7 @@ from tensorcomp_ext.cli.common import (
     warn_of_loss,
 )
 from tensorcomp_ext.cli.html import write_report
-from tensorcomp_ext.cli.recipe import NAMES, Recipe, stored_rows
+from tensorcomp_ext.cli.recipe import NAMES, Recipe, refuse_without_recipe, stored_rows
 from tensorcomp_ext.cli.spectra import add_spectra
 from tensorcomp_ext.compress.latency import Latency, faster, measure_network
 from tensorcomp_ext.compress.measure import refresh
@@ -40,6 +40,7 @@ IMAGE_SIZE = {"lenet5": 28, "deit_small": 224}  # side of the images a network i
 
 
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help=f"Network: {', '.join(models.names())}.")],
     rank: Annotated[list[str] | None, typer.Option(help=RANK_HELP)] = None,
     weights: Annotated[
@@ -130,6 +131,8 @@ def compress(
             recipe, low_rank, mode, init, fraction, sparsity, storage, sparsity_schedule, criterion, direction
         )
         procedure.check(finetune_epochs, rank, (format, layers, recalibrate))
+    else:
+        refuse_without_recipe(context)
     if optimizer not in OPTIMIZERS:
         raise typer.BadParameter(
             f"{optimizer!r} is none of {', '.join(OPTIMIZERS)}", param_hint="--optimizer"
@@ -214,7 +217,7 @@ def compress(
         screen.say(f"saved {output} ({output.stat().st_size:,} bytes)")
     if html is not None:
         screen.say(f"wrote the report {html}")
-    _warn(summary["accuracy"], finetune_epochs, lr)
+    _warn(summary["accuracy"], finetune_epochs, lr, procedure is not None)
     screen.result({**summary, "report": report.to_dict()})
 
 
@@ -295,14 +298,15 @@ def _score(
     screen.say(f"{label + ':':13} {counted.correct} of {counted.total} test images correct")
 
 
-def _warn(accuracy: dict[str, dict[str, int]], epochs: int, lr: float) -> None:
+def _warn(accuracy: dict[str, dict[str, int]], epochs: int, lr: float, recipe: bool) -> None:
     """Warn where the last step left the network much worse than it came."""
     if not accuracy:
         return
     before, *_, after = (recipes.Accuracy(**counted) for counted in accuracy.values())
     more = f"more than {epochs} epochs of fine-tuning or another --lr than {lr:g}"
     first = more if epochs else "fine-tuning with --finetune-epochs 3"
-    warn_of_loss(before, after, f"{first}, or gentler ranks such as --rank energy:0.95")
+    gentler = "a smaller --sparsity" if recipe else "gentler ranks such as --rank energy:0.95"
+    warn_of_loss(before, after, f"{first}, or {gentler}")
 
 
 def tune_for(

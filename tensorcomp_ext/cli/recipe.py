@@ -19,6 +19,17 @@ from tensorcomp_ext.recipes.sparsity import SPARSITY_SCHEDULES
 NAMES = ", ".join(METHODS)
 
 
+def refuse_without_recipe(context: typer.Context) -> None:
+    """typer.BadParameter where a command was given options of recipes and no recipe."""
+    given = [
+        f"--{field.replace('_', '-')}"
+        for field in Recipe.__dataclass_fields__
+        if (source := context.get_parameter_source(field)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise typer.BadParameter("this is for --recipe, which is not given", param_hint=given[0])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the options of the command say about a recipe; None where it is not to run."""

@@ -86,7 +86,8 @@ def lowrank_sparse_linear(
     Returns:
         ``[..., m]``, contiguous.
 
-    Cost: ``r (m + n) + nnz`` MACs a row of x.
+    Cost: ``r (m + n) + nnz`` MACs a row of x. Inf and NaN in x may reach more outputs than those that have an
+    entry in their column: the kernels multiply some of x by the zeros that fill up their panels.
 
     Raises:
         ValueError: sizes, devices or options that do not fit, a packed matrix that is not sound;

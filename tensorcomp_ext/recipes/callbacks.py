@@ -59,6 +59,10 @@ class Callback:
     def on_epoch(self, state: TrainState) -> None:
         """After the last batch of an epoch."""
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the result of a run with this callback, in JSON types; resumed only under the same."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
         return {}

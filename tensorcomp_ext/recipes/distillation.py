@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,9 @@ class Distillation(Callback):
         _check("Distillation", alpha, temperature, direction)
         self.teacher, self.alpha, self.temperature = teacher, alpha, temperature
         self.direction: Direction = direction
+
+    def settings(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "temperature": self.temperature, "direction": self.direction}
 
     def on_loss(self, state: TrainState, loss: Tensor) -> Tensor:
         assert state.images is not None and state.outputs is not None

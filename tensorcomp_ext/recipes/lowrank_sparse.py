@@ -20,9 +20,10 @@ from tensorcomp_ext.nn import FactorizedLayer
 
 from .callbacks import Callback
 from .distillation import Direction, Distillation
-from .pruning import Criterion, GlobalPruner, GradualPruning
+from .pruning import CRITERIA, Criterion, GlobalPruner, GradualPruning
 from .settings import Epoch
 from .sparse_start import LowRank, Method, parts_of
+from .sparsity import SPARSITY_SCHEDULES
 from .train import train
 
 BINS = 40
@@ -86,7 +87,7 @@ def lowrank_sparse(
             low-rank + sparse needs a sparsity higher by ``fraction``.
         storage: instead of ``sparsity`` and, for "lowrank", of ``fraction``: share of the compressed
             layers' weights that is stored in the end, L included, indices not.
-        epochs: of training; ``prune_epochs`` of them until the sparsity is reached (None: all).
+        epochs: of training; the first ``prune_epochs`` of them until the sparsity is reached (None: all).
         sparsity_schedule: "slow-start", ``s_f (t / n)^3``, or "zhu-gupta".
         criterion: which entries are small: by "magnitude" of S, or by the "difference" of S and L.
         alpha, temperature, direction: of :class:`.Distillation`.
@@ -103,7 +104,9 @@ def lowrank_sparse(
         if not 0.0 < storage <= 1.0:
             raise ValueError(f"lowrank_sparse: storage must be in (0, 1], got {storage}")
         fraction = storage if method == "lowrank" else fraction
+    _check(sparsity, epochs, prune_epochs, sparsity_schedule, criterion)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    taught = Distillation(teacher, alpha=alpha, temperature=temperature, direction=direction)
     # What S will hold in the end: of what is stored, what L leaves.
     left = 1.0 - sparsity if storage is None else storage - fraction
     result = parts_of(
@@ -120,7 +123,6 @@ def lowrank_sparse(
     )
     small, report = result
     before = _histograms(small, teacher, report)
-    taught = Distillation(teacher, alpha=alpha, temperature=temperature, direction=direction)
     attached: list[Callback] = [taught]
     if method != "lowrank":
         pruner = GlobalPruner(small, criterion=criterion)
@@ -144,6 +146,24 @@ def lowrank_sparse(
     report.details["lowrank_sparse"] = {"method": method, **stored(small)}
     report.details["histograms"] = _histograms(small, teacher, report, before)
     return LowRankSparseResult(small, report, history)
+
+
+def _check(
+    sparsity: float, epochs: int, prune_epochs: int | None, sparsity_schedule: str, criterion: str
+) -> None:
+    """Refuse what would be refused after the decompositions only."""
+    name = "lowrank_sparse"
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"{name}: sparsity must be in [0, 1), got {sparsity}")
+    if epochs < 0:
+        raise ValueError(f"{name}: epochs must be 0 or more, got {epochs}")
+    if prune_epochs is not None and not 1 <= prune_epochs <= max(epochs, 1):
+        raise ValueError(f"{name}: prune_epochs must be in [1, epochs] = [1, {epochs}], got {prune_epochs}")
+    if sparsity_schedule not in SPARSITY_SCHEDULES:
+        names = ", ".join(SPARSITY_SCHEDULES)
+        raise ValueError(f"{name}: sparsity_schedule must be one of {names}, got {sparsity_schedule!r}")
+    if criterion not in CRITERIA:
+        raise ValueError(f"{name}: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
 
 
 def finalize(model: nn.Module) -> nn.Module:

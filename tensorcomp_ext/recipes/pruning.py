@@ -16,13 +16,15 @@ from .callbacks import Callback, TrainState
 from .sparsity import SPARSITY_SCHEDULES
 
 Criterion = Literal["magnitude", "difference"]
+CRITERIA: tuple[Criterion, ...] = ("magnitude", "difference")
 
 
 class GlobalPruner:
     """Masks the smallest entries of the sparse parts of a network, all layers against each other.
 
-    What is masked stays so. Of several processes the first of ``group`` decides, and the others take its
-    masks. Costs a few passes over all sparse parts, and as much memory again as they take.
+    What is masked stays so, but for masks loaded from a state. Of several processes the first of ``group``
+    decides, and the others take its masks. Costs a few passes over all sparse parts, and as much memory again
+    as they take.
 
     Args:
         model: with layers whose weights are in format "lowrank_sparse"; a wrapper such as
@@ -48,7 +50,7 @@ class GlobalPruner:
         found = {name: m for name, m in model.named_modules() if isinstance(m, LowRankSparse)}
         if not found:
             raise ValueError("GlobalPruner: the model has no weight in format 'lowrank_sparse'")
-        if criterion not in ("magnitude", "difference"):
+        if criterion not in CRITERIA:
             raise ValueError(
                 f"GlobalPruner: criterion must be 'magnitude' or 'difference', got {criterion!r}"
             )
@@ -87,6 +89,7 @@ class GlobalPruner:
         Raises:
             ValueError: a sparsity outside [0, 1], or NaN or Inf among the entries that are left; of several
                 processes in all.
+            RuntimeError: another error of the process that decides, in the others.
         """
         if not 0.0 <= sparsity <= 1.0:
             raise ValueError(f"GlobalPruner: sparsity must be in [0, 1], got {sparsity}")
@@ -100,20 +103,23 @@ class GlobalPruner:
 
     def _mask_together(self, wanted: int) -> None:
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        failure: ValueError | None = None
+        failure: Exception | None = None
         if dist.get_rank(self.group) == 0:
             try:
                 self._mask(wanted)
-            except ValueError as error:
+            except Exception as error:  # noqa: BLE001 - raised below, once the others have heard of it
                 failure = error
         first = next(iter(self.weights.values())).mask
         # The others must hear of it, or they would wait for masks that never come.
-        failed = torch.tensor([failure is not None], dtype=torch.uint8, device=first.device)
+        kind = 0 if failure is None else 1 if isinstance(failure, ValueError) else 2
+        failed = torch.tensor([kind], dtype=torch.uint8, device=first.device)
         dist.broadcast(failed, source, self.group)
         if failure is not None:
             raise failure
-        if bool(failed):
+        if int(failed) == 1:
             raise ValueError("GlobalPruner: the process that decides has NaN or Inf in a sparse part")
+        if int(failed):
+            raise RuntimeError("GlobalPruner: the process that decides failed; its own message says why")
         for weight in self.weights.values():
             bits = weight.mask.clone()
             dist.broadcast(bits, source, self.group)
@@ -121,7 +127,8 @@ class GlobalPruner:
             weight.mask.copy_(bits)
 
     def _mask(self, wanted: int) -> None:
-        kept = torch.cat([weight.kept.flatten() for weight in self.weights.values()])
+        place = next(iter(self.weights.values())).mask.device
+        kept = torch.cat([weight.kept.flatten().to(place) for weight in self.weights.values()])
         more = wanted - (kept.numel() - int(kept.sum()))
         if more <= 0:
             return
@@ -153,20 +160,19 @@ class GlobalPruner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back the masks of :meth:`state_dict`.
+        """Take back the masks of :meth:`state_dict`, whatever is masked now.
 
         Raises:
-            ValueError: masks of another network; nothing is changed.
+            ValueError: masks of another network, or none; nothing is changed.
         """
-        masks = state.get("masks")
-        shapes = {name: weight.mask.shape for name, weight in self.weights.items()}
-        if (
-            not isinstance(masks, Mapping)
-            or {n: getattr(m, "shape", None) for n, m in masks.items()} != shapes
-        ):
-            raise ValueError("GlobalPruner: the masks are of another network")
+        masks = state.get("masks") if isinstance(state, Mapping) else None
+        wanted = {name: (weight.mask.shape, torch.uint8) for name, weight in self.weights.items()}
+        given = masks if isinstance(masks, Mapping) else {}
+        found = {name: (getattr(m, "shape", None), getattr(m, "dtype", None)) for name, m in given.items()}
+        if found != wanted:
+            raise ValueError("GlobalPruner: the masks are of another network, or not uint8 as they should be")
         for name, weight in self.weights.items():
-            weight.mask.copy_(masks[name])
+            weight.mask.copy_(given[name])
 
 
 class GradualPruning(Callback):
@@ -212,7 +218,7 @@ class GradualPruning(Callback):
         self._begun = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begun": self._begun, "settings": self._settings(), **self.pruner.state_dict()}
+        return {"begun": self._begun, "settings": self.settings(), **self.pruner.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
@@ -220,13 +226,20 @@ class GradualPruning(Callback):
         Raises:
             ValueError: of another schedule, or of another network.
         """
-        if state.get("settings") != self._settings():
+        if state.get("settings") != self.settings():
             raise ValueError(
-                f"GradualPruning: the state is of {state.get('settings')}, this one is {self._settings()}"
+                f"GradualPruning: the state is of {state.get('settings')}, this one is {self.settings()}"
             )
         self.pruner.load_state_dict(state)
         self._begun = int(state["begun"])
 
-    def _settings(self) -> dict[str, Any]:
-        settings = {"final": self.final, "epochs": self.epochs, "schedule": self.schedule}
-        return {**settings, "criterion": self.pruner.criterion}
+    def settings(self) -> dict[str, Any]:
+        weights = self.pruner.weights.items()
+        return {
+            "final": self.final,
+            "epochs": self.epochs,
+            "schedule": self.schedule,
+            "criterion": self.pruner.criterion,
+            # One state dict fits both modes, in which S means different things.
+            "modes": {name: weight.mode for name, weight in weights},
+        }

@@ -71,7 +71,7 @@ class Settings:
     label_smoothing: float
     seed: int
     channels_last: bool
-    callbacks: list[str]
+    callbacks: list[dict[str, Any]]
 
     def check(self) -> None:
         if self.schedule not in SCHEDULES:

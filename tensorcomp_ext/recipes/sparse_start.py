@@ -55,6 +55,15 @@ def parts_of(
         raise ValueError(f"parts_of: method must be one of {', '.join(METHODS)}, got {method!r}")
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"parts_of: fraction must be in (0, 1], got {fraction}")
+    if isinstance(low_rank, Mapping):
+        named = set(low_rank) == {"conv", "linear"} and all(isinstance(n, str) for n in low_rank.values())
+    else:
+        named = isinstance(low_rank, str)
+    if not named:
+        raise TypeError(
+            "parts_of: low_rank must be the name of a format, or a mapping from both 'conv' and 'linear' to "
+            f"names, got {low_rank!r}"
+        )
     found = {n: m for n, m in considered(model) if isinstance(m, (_ConvNd, nn.Linear))}
     excluded = (list(found)[-1:] if exclude is None else as_patterns(exclude, "exclude")) if found else []
     formats: dict[Any, Any] = {}

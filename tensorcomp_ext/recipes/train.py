@@ -93,7 +93,7 @@ def train(
         label_smoothing=label_smoothing,
         seed=seed,
         channels_last=channels_last,
-        callbacks=[type(callback).__name__ for callback in callbacks],
+        callbacks=[{"type": type(callback).__name__, **callback.settings()} for callback in callbacks],
     )
     settings.check()
     device = device_of(model)

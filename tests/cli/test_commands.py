@@ -275,6 +275,8 @@ def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
             "--dataset",
             "digits",
         ],
+        ["compress", "--model", "lenet5", "--sparsity", "0.8"],
+        ["compress", "--model", "lenet5", "--low-rank", "tt"],
         [*RECIPE, "--rank", "4"],
         [*RECIPE, "--format", "tt"],
         [*RECIPE, "--low-rank", "lowrank_sparse"],

@@ -35,6 +35,20 @@ def test_one_thread_inside_and_as_before_afterwards(driver: str, monkeypatch: py
     assert blas() == before
 
 
+def test_the_last_of_several_threads_restores_the_number() -> None:
+    before = blas()
+    first, second = module.blas_threads(10), module.blas_threads(20)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert all(count == 1 for count in blas())
+    second.__exit__(None, None, None)
+    assert blas() == before
+    with pytest.raises(ZeroDivisionError), module.blas_threads(10):
+        raise ZeroDivisionError
+    assert blas() == before
+
+
 def test_large_problems_keep_their_threads() -> None:
     before = blas()
     with module.blas_threads(module.ONE_THREAD_SIZE + 1):

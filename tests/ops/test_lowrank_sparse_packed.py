@@ -113,6 +113,18 @@ def test_spoiled_memory_is_harmless(isa: str) -> None:
         assert kind in ("", "RuntimeError")
 
 
+def test_sizes_that_overflow_are_refused(isa: str) -> None:
+    """A small tensor whose header repeats sizes of which the counts alone would be 2**63 bytes and more."""
+    _, a, b, sparse, _ = LinearCase(rows=(1,)).make()
+    packed = pack_lowrank_sparse(a, b, sparse)
+    for sizes in ([704_060_689_152, 1, 429_268_648_960], [2**39, 1, 2**39], [2**40, 1, 2**20]):
+        spoiled = torch.cat([packed, packed.new_zeros(1 << 20)])
+        spoiled[16:40] = torch.tensor(sizes, dtype=torch.int64).view(spoiled.dtype)
+        wide = torch.randn(1, 1).expand(1, sizes[2])
+        kind, _ = raised(lambda: OPS.lowrank_sparse_linear_packed(wide, spoiled, None, sizes))  # noqa: B023
+        assert kind == "RuntimeError", sizes
+
+
 def test_fake_results() -> None:
     x, a, b, sparse, bias = LinearCase(rows=(2, 3)).make()
     packed = pack_lowrank_sparse(a, b, sparse)

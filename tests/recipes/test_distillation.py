@@ -1,12 +1,14 @@
 """Distillation: published numbers, gradients, and a teacher that is left alone."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tensorcomp_ext import recipes
-from tensorcomp_ext.recipes import distillation_loss, divergence
+from tensorcomp_ext.recipes import Distillation, distillation_loss, divergence
 
 STUDENT = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
 TEACHER = torch.tensor([[0.0, 2.0, 0.0]], dtype=torch.float64)
@@ -89,3 +91,14 @@ def test_bad_options_are_named():
         divergence(STUDENT, TEACHER, 0)
     with pytest.raises(ValueError, match="direction must be 'teacher-student' or 'student-teacher', got 'x'"):
         distillation_loss(STUDENT, TEACHER, STUDENT.sum(), direction="x")
+
+
+def test_settings_are_those_of_a_checkpoint(dataset, tmp_path):
+    options = {"epochs": 1, "batch_size": 80, "checkpoint": tmp_path / "run.ckpt"}
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    recipes.train(copy.deepcopy(teacher), dataset, callbacks=[Distillation(teacher)], **options)
+    for changed in ({"alpha": 0.1}, {"temperature": 9.0}, {"direction": "student-teacher"}):
+        with pytest.raises(ValueError, match=f"other settings: callbacks .*{next(iter(changed))}"):
+            recipes.train(
+                copy.deepcopy(teacher), dataset, callbacks=[Distillation(teacher, **changed)], **options
+            )

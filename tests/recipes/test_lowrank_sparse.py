@@ -1,6 +1,7 @@
 """Low-rank + sparse compression as a whole: exact starts, budgets, training, packing, resuming, refusals."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -276,3 +277,25 @@ def test_bad_options_are_named(trained, dataset):
         lowrank_sparse(trained, dataset, storage=0.01, epochs=1)
     with pytest.raises(ValueError, match="there is no layer"):
         parts_of(nn.ReLU())
+    for low_rank in ({"conv": "tt"}, None, 3):
+        with pytest.raises(TypeError, match="parts_of: low_rank must be the name of a format, or a mapping"):
+            parts_of(trained, low_rank=low_rank)
+
+
+@pytest.mark.parametrize(
+    "options,text",
+    [
+        ({"sparsity": 1.5}, r"sparsity must be in \[0, 1\), got 1.5"),
+        ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\), got nan"),
+        ({"epochs": -1}, "epochs must be 0 or more, got -1"),
+        ({"epochs": 2, "prune_epochs": 3}, r"prune_epochs must be in \[1, epochs\] = \[1, 2\], got 3"),
+        ({"epochs": 2, "prune_epochs": 0}, r"prune_epochs must be in \[1, epochs\] = \[1, 2\], got 0"),
+        ({"sparsity_schedule": "linear"}, "sparsity_schedule must be one of slow-start, zhu-gupta"),
+        ({"criterion": "size"}, "criterion must be one of magnitude, difference, got 'size'"),
+        ({"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(trained, dataset, monkeypatch, options, text):
+    monkeypatch.delattr(sys.modules[stored.__module__], "parts_of")
+    with pytest.raises(ValueError, match=text):
+        lowrank_sparse(trained, dataset, method="lowrank", **options)

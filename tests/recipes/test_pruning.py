@@ -202,8 +202,12 @@ def test_state_of_another_schedule_is_refused(dataset, tmp_path):
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         trained(dataset, path, 7)
-    with pytest.raises(ValueError, match=r"GradualPruning: the state is of .*slow-start.*zhu-gupta"):
+    with pytest.raises(ValueError, match=r"other settings: callbacks .*slow-start.*zhu-gupta"):
         trained(dataset, path, schedule="zhu-gupta")
+    pruner = GlobalPruner(sparse_network())
+    state = GradualPruning(pruner, 0.8, 4).state_dict()
+    with pytest.raises(ValueError, match=r"GradualPruning: the state is of .*slow-start.*zhu-gupta"):
+        GradualPruning(pruner, 0.8, 4, schedule="zhu-gupta").load_state_dict(state)
 
 
 def test_sparsity_grows_before_every_epoch(dataset):
@@ -219,3 +223,32 @@ def test_sparsity_grows_before_every_epoch(dataset):
         model, dataset, epochs=5, batch_size=32, callbacks=[GradualPruning(pruner, 0.8, 4), Watch()]
     )
     assert seen == [(t, round(0.8 * min(1.0, t / 4) ** 3 * NUMEL)) for t in range(1, 6)]
+
+
+@pytest.mark.parametrize("mask", [3.7, None], ids=["dtype", "shape"])
+def test_masks_of_another_kind_change_nothing(mask):
+    model = sparse_network()
+    pruner = GlobalPruner(model)
+    state = pruner.state_dict()
+    name = next(iter(state["masks"]))
+    shape = state["masks"][name].shape
+    state["masks"][name] = torch.zeros(3, dtype=torch.uint8) if mask is None else torch.full(shape, mask)
+    before = masks(model)
+    for broken in (state, {}, [state], {"masks": None}):
+        with pytest.raises(ValueError, match="GlobalPruner: the masks are of another network, or not uint8"):
+            pruner.load_state_dict(broken)
+    assert same(masks(model), before)
+
+
+@pytest.mark.parametrize("change", ["mode", "final"])
+def test_a_refused_checkpoint_changes_nothing(dataset, tmp_path, change):
+    path = tmp_path / "run.ckpt"
+    options = {"epochs": 1, "batch_size": 32, "checkpoint": path}
+    model = sparse_network("additive")
+    recipes.train(model, dataset, callbacks=[GradualPruning(GlobalPruner(model), 0.8, 1)], **options)
+    other = sparse_network("masking" if change == "mode" else "additive", seed=2)
+    kept = {key: value.clone() for key, value in other.state_dict().items()}
+    pruning = GradualPruning(GlobalPruner(other), 0.5 if change == "final" else 0.8, 1)
+    with pytest.raises(ValueError, match=f"other settings: callbacks .*{change}"):
+        recipes.train(other, dataset, callbacks=[pruning], **options)
+    assert all(torch.equal(value, kept[key]) for key, value in other.state_dict().items())

@@ -81,6 +81,7 @@ def test_two_processes_have_the_same_masks(tmp_path, mode):
 BROKEN = textwrap.dedent("""
     import sys
     sys.path.insert(0, sys.argv[1])
+    import torch
     import torch.distributed as dist
     from pruned_networks import sparse_network, weights
     from tensorcomp_ext.recipes import GlobalPruner
@@ -88,18 +89,27 @@ BROKEN = textwrap.dedent("""
     rank, folder = int(sys.argv[2]), sys.argv[3]
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = sparse_network()
-    if rank == 0:
+    pruner = GlobalPruner(model)
+    if rank == 0 and sys.argv[4] == "nan":
         weights(model)[0].sparse.data.fill_(float("nan"))
+    elif rank == 0:
+        pruner._scores = lambda name: torch.empty(1 << 60)
     try:
-        GlobalPruner(model).prune(0.5)
-    except ValueError as error:
-        open(f"{folder}/{rank}.txt", "w").write(str(error))
+        pruner.prune(0.5)
+    except (ValueError, RuntimeError) as error:
+        open(f"{folder}/{rank}.txt", "w").write(f"{type(error).__name__} {error}")
     dist.destroy_process_group()
 """)
 
 
-def test_nobody_waits_for_a_process_that_cannot_decide(tmp_path):
-    run_both(BROKEN, str(tmp_path))
+@pytest.mark.parametrize("reason", ["nan", "memory"])
+def test_nobody_waits_for_a_process_that_cannot_decide(tmp_path, reason):
+    run_both(BROKEN, str(tmp_path), reason)
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
-    assert first == "GlobalPruner: the sparse part of 0.weight has NaN or Inf"
-    assert second == "GlobalPruner: the process that decides has NaN or Inf in a sparse part"
+    deciding = "GlobalPruner: the process that decides"
+    if reason == "nan":
+        assert first == "ValueError GlobalPruner: the sparse part of 0.weight has NaN or Inf"
+        assert second == f"ValueError {deciding} has NaN or Inf in a sparse part"
+    else:
+        assert first.startswith("RuntimeError") and "memory" in first
+        assert second == f"RuntimeError {deciding} failed; its own message says why"
