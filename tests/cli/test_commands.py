@@ -155,7 +155,7 @@ def test_recipes(monkeypatch, weights, recipe, tmp_path):
     monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: digits())
     files = ["--output", tmp_path / "net", "--html", tmp_path / "report.html"]
     words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--recipe", recipe]
-    words += ["--finetune-epochs", 2, "--storage", 0.2, "--mode", "masking", "--low-rank", "cp", "--json"]
+    words += ["--finetune-epochs", 2, "--storage", 0.2, "--mode", "masking", "--low-rank", "tt", "--json"]
     if recipe == "lowrank-sparse":
         words += ["--criterion", "difference", "--direction", "student-teacher", "--optimizer", "adam"]
     outcome = run("compress", *words, *files, *FAST)
