@@ -44,6 +44,9 @@ def _svd64(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     first, second, size = ranks[0], ranks[1], tensor.shape[0]
     matrix = tensor.reshape(size, -1)
     left = leading_factor(matrix, 0, first * second)  # [n_1, (R_0, R_1)]
+    # A library is free in the signs of singular vectors, and the truncations to come depend on them: the
+    # largest entry is made positive, so that every library gives one ring.
+    left = left * left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     rest = project(matrix, 0, left).reshape(first, second, -1).movedim(0, 2)  # [R_1, rest, R_0]
     opening = left.reshape(size, first, second).transpose(0, 1)
     return [opening, *sweep(rest.contiguous(), tensor.shape[1:], ranks[2:], second)]
