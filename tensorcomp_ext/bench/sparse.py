@@ -14,7 +14,7 @@ from ..plan import PlannedLayer
 from .candidates import Candidate
 from .devices import Device
 from .layers import default_way, tuned_way
-from .measure import FUSED, OP, TUNED, as_it_runs, measure_candidates, offer, outcome, row_head, slack
+from .measure import FUSED, OP, measure_ways, offer, row_head
 from .roofline import Probe
 from .sparse_cases import SparseCase
 from .sparse_library import ADDED, COMPILED, EAGER, library_ways
@@ -92,18 +92,17 @@ def measure_sparse(
     Of a reconstructed weight also ``over_eager`` and ``over_compiled``, how many times as long as ours the
     best eager way and the compiled one take. The headline is the op there, what ``tune`` picked elsewhere.
     """
-    training = direction == "backward"
-    problem = SparseProblem(case, training=training, device=device.name)
-    row = row_head(case, direction, threads, device, large=True)
-    with as_it_runs(device, case.dtype, training):
-        candidates = our_ways(problem) + library_ways(problem, compiled)
-        row["candidates"], timed = measure_candidates(
-            candidates, lambda c, outputs: problem.fault(outputs, slack(c)), device, effort
-        )
-    row["roofline"] = probe.roofline(case, direction, threads).to_dict()
-    row |= outcome(row, timed, OP if case.rows is None else TUNED)
+    problem = SparseProblem(case, training=direction == "backward", device=device.name)
+    row = measure_ways(
+        problem,
+        lambda: our_ways(problem) + library_ways(problem, compiled),
+        row_head(case, direction, threads, device, large=True),
+        device=device,
+        effort=effort,
+        probe=probe,
+    )
     if row["error"] is None and case.rows is None:
-        medians = {name: timing.median_us for name, timing in timed.items()}
+        medians = {c["name"]: c["median_us"] for c in row["candidates"] if "median_us" in c}
         eager = [medians[name] for name in (EAGER, ADDED) if name in medians]
         row["over_eager"] = min(eager) / row["ours_us"] if eager else None
         row["over_compiled"] = medians[COMPILED] / row["ours_us"] if COMPILED in medians else None

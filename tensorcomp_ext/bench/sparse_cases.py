@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..formats.lowrank_sparse import MODES
 from .cases import DTYPES, check_keys
 from .chain_cases import read_dtype
 
-MODES = ("additive", "masking")
 BUDGET = 0.1
 """Share of the dense parameters that the factors may have where no rank is given, as in the source."""
 _KEYS = ("out", "in", "rank", "rows", "sparsity", "mode", "dtype")

@@ -13,6 +13,8 @@ from torch import nn
 from tensorcomp_ext import data, recipes
 from tensorcomp_ext.cli.common import Screen
 from tensorcomp_ext.formats import format_names
+from tensorcomp_ext.formats.lowrank_sparse import MODES
+from tensorcomp_ext.recipes.pruning import CRITERIA
 from tensorcomp_ext.recipes.sparse_start import METHODS
 from tensorcomp_ext.recipes.sparsity import SPARSITY_SCHEDULES
 
@@ -56,10 +58,10 @@ class Recipe:
         choices = (
             ("--recipe", self.method, METHODS),
             ("--low-rank", self.low_rank, [n for n in format_names() if not n.startswith("lowrank_sparse")]),
-            ("--mode", self.mode, ("additive", "masking")),
+            ("--mode", self.mode, MODES),
             ("--init", self.init, ("residual", "masking")),
             ("--sparsity-schedule", self.sparsity_schedule, tuple(SPARSITY_SCHEDULES)),
-            ("--criterion", self.criterion, ("magnitude", "difference")),
+            ("--criterion", self.criterion, CRITERIA),
             ("--direction", self.direction, ("teacher-student", "student-teacher")),
         )
         for option, value, allowed in choices:
