@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing_extensions import Self
 from ..ops._contraction_products import contraction
 from ..ops.contract import native_support
 from ._modes import Folding, fold
-from .base import Format, Rank, as_parameter, check_factor, clip_rank
+from .base import Format, Merge, Rank, as_parameter, check_factor, clip_rank
 from .forms import Network
 
 
@@ -251,6 +252,17 @@ class NetworkFormat(Format):
 
     def rebuilds_natively(self) -> bool:
         return bool(self._rebuild.program) and native_support(self.factors).ok
+
+    def merges(self) -> list[Merge]:
+        factors, sizes, found = self.factors, self.sizes, []
+        for part, contract in self._parts.values():
+            if contract.steps:
+                stored = [factors[place] for place in part.places]
+                made = math.prod(sizes[label] for label in part.result)
+                natively = bool(contract.program) and native_support(stored).ok
+                moved = sum(factor.numel() for factor in stored) + made
+                found.append(Merge(contract.macs, moved, len(contract.steps), natively))
+        return found
 
     def network(self) -> Network:
         """The factors as a network from in modes to out modes."""

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ PLAIN = (Tensor, nn.Parameter)
 """Types of tensors that are what they seem: neither subclasses nor computed from others."""
 
 _FORMATS: dict[str, type[Format]] = {}
+
+
+class Merge(NamedTuple):
+    """Several factors that are multiplied to one tensor."""
+
+    macs: int
+    elements: int
+    """Numbers in the factors and in what comes out."""
+    products: int
+    """Products of two tensors, one after the other."""
+    natively: bool
+    """Whether our kernel makes them all in one call."""
 
 
 class Format(nn.Module, ABC):
@@ -79,6 +91,10 @@ class Format(nn.Module, ABC):
     def rebuild_products(self) -> int:
         """Products of two tensors, one after the other, that :meth:`to_dense` takes."""
         return len(self.factor_names) - 1
+
+    def merges(self) -> list[Merge]:
+        """The products that :meth:`lower` makes of several factors each."""
+        return []
 
     def rebuilds_natively(self) -> bool:
         """Whether :meth:`to_dense` makes all its products in one call of our kernel outside of tracing."""

@@ -18,6 +18,7 @@ from .conv import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d
 from .linear import FactorizedLinear
 
 _is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
 
 Finish = Callable[..., Tensor]
 """``(x, bias, residual=None) -> y``"""
@@ -41,7 +42,8 @@ class FoldedLayer(FactorizedLayer):
         """
         x = input
         fits = residual is None or type(residual) in _PLAIN
-        if _is_compiling() or type(x) not in _PLAIN or not fits or x.device.type == "meta" or transformed():
+        traces = _is_compiling() or _tracing_state() is not None
+        if traces or type(x) not in _PLAIN or not fits or x.device.type == "meta" or transformed():
             return self._finished(self._traced(x), residual)
         batched = self.as_batch(x)
         if batched is not x:

@@ -34,6 +34,7 @@ _OPS = torch.ops.tensorcomp
 _PLAIN = frozenset((Tensor, Parameter))
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
+_tracing = torch._C._get_tracing_state
 
 
 def native_support(cores: Sequence[Tensor]) -> Support:
@@ -51,7 +52,13 @@ def native_support(cores: Sequence[Tensor]) -> Support:
 
 def served_plainly(cores: Sequence[Tensor]) -> bool:
     """Whether :func:`native_contract` serves cores of a sound program: nothing traces or casts this call."""
-    if not _BUILT or _is_compiling() or transformed() or _is_autocast_enabled("cpu"):
+    if (
+        not _BUILT
+        or _is_compiling()
+        or _tracing() is not None
+        or transformed()
+        or _is_autocast_enabled("cpu")
+    ):
         return False
     for core in cores:
         if type(core) not in _PLAIN or core.dtype is not torch.float32 or not core.is_cpu:

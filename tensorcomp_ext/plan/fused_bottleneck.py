@@ -17,6 +17,7 @@ from .geometry import Bound, FoldedBound
 from .layer import PlannedLayer
 from .packed_bottleneck import bind_bottleneck
 from .parts import RECOMPUTED, conv_parts, fused_stage, in_autocast_dtype, is_plain
+from .rebuild import part_stages
 
 _OPS = torch.ops.tensorcomp
 
@@ -38,7 +39,7 @@ class FusedBottleneck(Plan):
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
         form = conv_parts(layer).form
         width = form.core.shape[0] if form.depthwise else min(form.core.shape[:2])
-        return [fused_stage("fused", layer, case, width)]
+        return [*part_stages(layer, case), fused_stage("fused", layer, case, width)]
 
     def backward_factor(self, layer: PlannedLayer) -> float:
         return RECOMPUTED

@@ -24,6 +24,7 @@ from .parts import (
     packed_conv,
     parameter_names,
 )
+from .rebuild import part_stages
 from .training import TrainingCall
 
 
@@ -37,7 +38,8 @@ class FusedConv(Plan):
         return conv_support(layer, case)
 
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
-        return [fused_stage("fused", layer, case, min(conv_parts(layer).form.core.shape[:2]))]
+        width = min(conv_parts(layer).form.core.shape[:2])
+        return [*part_stages(layer, case), fused_stage("fused", layer, case, width)]
 
     def backward_factor(self, layer: PlannedLayer) -> float:
         return RECOMPUTED

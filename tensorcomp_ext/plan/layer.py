@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .networks import Found
 
 _is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 _get_autocast_dtype = torch.get_autocast_dtype
@@ -133,7 +134,7 @@ class PlannedLayer(nn.Module, ABC):
     def forward(self, input: Tensor) -> Tensor:
         x = input  # named as in torch.nn, for calls by keyword
         # Every microsecond here is paid by every call: one key, one look-up, one check of the factors.
-        if not _is_compiling() and type(x) in _PLAIN and not transformed():
+        if not _is_compiling() and type(x) in _PLAIN and not transformed() and _tracing_state() is None:
             if _is_grad_enabled():
                 trained = self._trained.get(_kind(x))
                 if trained is not None and trained.fits(self, x):
@@ -152,7 +153,8 @@ class PlannedLayer(nn.Module, ABC):
         if not is_tensor_like(x):  # which subclasses are, and what traces for torch.fx
             name = type(self).__name__
             raise TypeError(f"{name}: x must be a tensor {self.input_form}, got {type(x).__name__}")
-        if _is_compiling() or type(x) not in _PLAIN or x.device.type == "meta" or transformed():
+        traces = _is_compiling() or _tracing_state() is not None
+        if traces or type(x) not in _PLAIN or x.device.type == "meta" or transformed():
             return self._traced(x)
         batched = self.as_batch(x)
         if batched is not x:
@@ -175,10 +177,14 @@ class PlannedLayer(nn.Module, ABC):
         return bound(x, self.bias)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """The functional form, for torch.compile, torch.export, function transforms and tensor subclasses."""
+        """The functional form: for torch.compile, export, jit.trace, function transforms and subclasses."""
         batched = self.as_batch(x)
-        plan = get_plan(self._traced_plans[int(_is_grad_enabled())])
-        y = plan.run(self, batched)
+        if _tracing_state() is None:
+            y = get_plan(self._traced_plans[int(_is_grad_enabled())]).run(self, batched)
+        else:
+            # jit.trace records ops, which have gradients of their own; the functions around them it cannot.
+            with torch.no_grad():
+                y = get_plan(self._traced_plans[0]).run(self, batched)
         return y if batched is x or batched.dim() == x.dim() else y.squeeze(0)
 
     def _keep_trained(self, key: tuple[Any, ...], plan: Plan, x: Tensor) -> None:

@@ -19,7 +19,7 @@ from .case import Case, autocast_dtype
 from .cost import entry_size, machine_rates, stage_seconds
 from .geometry import LinearGeometry
 from .rates import Rates
-from .rebuild import merge_stage, merges_natively
+from .rebuild import cube_side, merge_stage, merges_natively
 
 if TYPE_CHECKING:
     from .layer import PlannedLayer
@@ -84,8 +84,7 @@ def product_stage(kind: str, rows: int, new: int, contracted: int) -> Stage:
 
 def _merge_stage(macs: int, size: int, stored: int, products: int, natively: bool) -> Stage:
     """Products of cores at a training call: small matrices."""
-    width = max(1, min(round(macs ** (1 / 3)), 64))
-    return merge_stage(macs, size + stored, width, products, natively, training=True)
+    return merge_stage(macs, size + stored, cube_side(macs), products, natively, training=True)
 
 
 def is_network(layer: PlannedLayer) -> bool:
@@ -147,7 +146,8 @@ def traced_found(layer: PlannedLayer) -> Found | None:
 def is_eager(x: Tensor) -> bool:
     """Whether nothing traces, transforms or imitates ``x``: its shape is made of numbers."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
-    return not torch.compiler.is_compiling() and plain and not transformed()
+    traces = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not traces and plain and not transformed()
 
 
 def _found(structure: Structure, order: Order | None) -> Found | None:

@@ -25,8 +25,13 @@ def merge_stage(macs: int, moved: int, width: int, products: int, natively: bool
     library, one by one, of matrices that are ``width`` wide.
     """
     if natively:
-        return Stage("chain", macs, max(1, min(round(macs ** (1 / 3)), 64)), moved, 2 if training else 1)
+        return Stage("chain", macs, cube_side(macs), moved, 2 if training else 1)
     return Stage("linear", macs, width, moved, products)
+
+
+def cube_side(macs: int) -> int:
+    """Width of small products of so many multiply-adds."""
+    return max(1, min(round(macs ** (1 / 3)), 64))
 
 
 def rebuild_stage(layer: PlannedLayer, case: Case) -> Stage:
@@ -39,3 +44,13 @@ def rebuild_stage(layer: PlannedLayer, case: Case) -> Stage:
     return merge_stage(
         weight.rebuild_macs(), moved, inner, weight.rebuild_products(), natively, case.training
     )
+
+
+def part_stages(layer: PlannedLayer, case: Case) -> list[Stage]:
+    """The parts of a form that training multiplies of several factors at each call."""
+    if not case.training:
+        return []
+    return [
+        merge_stage(m.macs, m.elements, cube_side(m.macs), m.products, m.natively, training=True)
+        for m in layer.weight.merges()
+    ]

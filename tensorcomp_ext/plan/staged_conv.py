@@ -12,6 +12,7 @@ from .case import Case
 from .channels_last import channels_product, laid_out, takes_products, weight_layout
 from .geometry import Bound, Geometry
 from .layer import PlannedLayer
+from .rebuild import part_stages
 
 
 class StagedConv(Plan):
@@ -34,6 +35,7 @@ class StagedConv(Plan):
         if form.ring > 1 and case.layout == "channels_last":
             moved += 2 * (inner_in + inner_out)  # ring indices are brought into the batch and back
         return [
+            *part_stages(layer, case),
             Stage(
                 "pointwise", before * u.numel(), min(u.shape), math.prod(case.shape) + u.numel() + inner_in
             ),

@@ -15,7 +15,7 @@ from .layer import PlannedLayer
 from .memory_format import memory_layout
 from .networks import Found, find_traced, matrices, product_stage
 from .parts import in_autocast_dtype
-from .rebuild import merge_stage, merges_natively
+from .rebuild import cube_side, merge_stage, merges_natively
 
 
 class StagedTaps(Plan):
@@ -44,7 +44,7 @@ class StagedTaps(Plan):
                 merge_stage(
                     stored := sum(form.network.cores[c].numel() for c in group),
                     2 * stored,
-                    max(1, min(round(stored ** (1 / 3)), 64)),
+                    cube_side(stored),
                     1,
                     natively,
                     training=True,

@@ -12,7 +12,7 @@ from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv2d, FactorizedLine
 from tensorcomp_ext.ops import Support
 from tensorcomp_ext.plan import Case, Fused, cache, cost, get_plan, plans_for, rates, register_plan
 from tensorcomp_ext.plan.memory_format import memory_layout
-from tensorcomp_ext.plan.rebuild import rebuild_stage
+from tensorcomp_ext.plan.rebuild import part_stages, rebuild_stage
 
 
 def fixed_rates(fused: float = 2e10) -> rates.Rates:
@@ -260,3 +260,18 @@ def test_price_of_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
             assert once.kind == trained.kind == "chain" and (once.calls, trained.calls) == (1, 2)
         else:
             assert once == trained and once.kind == "linear" and once.calls == 4 and once.width == 4
+
+
+def test_price_of_parts() -> None:
+    """Training merges the cores of a ring at each call; Tucker-2's factors are its parts."""
+    case = case_of((1, 16, 8, 8))
+    ring = FactorizedConv2d(16, 16, 3, format="tr", rank=4, in_modes=(4, 4), out_modes=(4, 4))
+    trained = part_stages(ring, case._replace(training=True))
+    assert [stage.macs for stage in trained] == [4**5] * 2
+    assert [stage.elements for stage in trained] == [2 * 4**3 + 4**4] * 2
+    assert part_stages(ring, case) == []
+    plain = FactorizedConv2d(16, 16, 3, rank=(4, 4))
+    assert part_stages(plain, case._replace(training=True)) == []
+    for name in ("fused", "staged"):
+        once, each = (get_plan(name).stages(ring, case._replace(training=t)) for t in (False, True))
+        assert each == [*trained, *once]
