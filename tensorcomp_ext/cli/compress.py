@@ -24,7 +24,7 @@ from tensorcomp_ext.cli.common import (
     warn_of_loss,
 )
 from tensorcomp_ext.cli.html import write_report
-from tensorcomp_ext.cli.recipe import NAMES, Recipe, refuse_without_recipe, stored_rows
+from tensorcomp_ext.cli.recipe import NAMES, Recipe, parse_low_rank, refuse_without_recipe, stored_rows
 from tensorcomp_ext.cli.spectra import add_spectra
 from tensorcomp_ext.compress.latency import Latency, faster, measure_network
 from tensorcomp_ext.compress.measure import refresh
@@ -79,7 +79,13 @@ def compress(
         str | None,
         typer.Option(help=f"Compress while training for --finetune-epochs: {NAMES}. Needs no --rank."),
     ] = None,
-    low_rank: Annotated[str, typer.Option(help="Recipe: format of the low-rank parts.")] = "tt",
+    low_rank: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[conv=|linear=]NAME",
+            help="Recipe: format of the low-rank parts, tt by default. Twice for one of each kind of layer.",
+        ),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="Recipe: the sparse part is added (additive) or takes the place (masking).")
     ] = "additive",
@@ -128,7 +134,16 @@ def compress(
     procedure: Recipe | None = None
     if recipe is not None:
         procedure = Recipe(
-            recipe, low_rank, mode, init, fraction, sparsity, storage, sparsity_schedule, criterion, direction
+            recipe,
+            parse_low_rank(low_rank),
+            mode,
+            init,
+            fraction,
+            sparsity,
+            storage,
+            sparsity_schedule,
+            criterion,
+            direction,
         )
         procedure.check(finetune_epochs, rank, (format, layers, recalibrate))
     else:

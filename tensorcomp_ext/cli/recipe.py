@@ -15,10 +15,11 @@ from tensorcomp_ext.cli.common import Screen
 from tensorcomp_ext.formats import format_names
 from tensorcomp_ext.formats.lowrank_sparse import MODES
 from tensorcomp_ext.recipes.pruning import CRITERIA
-from tensorcomp_ext.recipes.sparse_start import METHODS
+from tensorcomp_ext.recipes.sparse_start import METHODS, LowRank
 from tensorcomp_ext.recipes.sparsity import SPARSITY_SCHEDULES
 
 NAMES = ", ".join(METHODS)
+LOW_RANK = [name for name in format_names() if not name.startswith("lowrank_sparse")]
 
 
 def refuse_without_recipe(context: typer.Context) -> None:
@@ -37,7 +38,7 @@ class Recipe:
     """What the options of the command say about a recipe; None where it is not to run."""
 
     method: str
-    low_rank: str
+    low_rank: LowRank
     mode: str
     init: str
     fraction: float
@@ -55,9 +56,10 @@ class Recipe:
             rank: the ranks asked for.
             others: further options of compression without a recipe.
         """
+        names = [self.low_rank] if isinstance(self.low_rank, str) else self.low_rank.values()
         choices = (
             ("--recipe", self.method, METHODS),
-            ("--low-rank", self.low_rank, [n for n in format_names() if not n.startswith("lowrank_sparse")]),
+            *(("--low-rank", name, LOW_RANK) for name in names),
             ("--mode", self.mode, MODES),
             ("--init", self.init, ("residual", "masking")),
             ("--sparsity-schedule", self.sparsity_schedule, tuple(SPARSITY_SCHEDULES)),
@@ -114,6 +116,21 @@ class Recipe:
                 **options,
                 **training,
             )
+
+
+def parse_low_rank(texts: Sequence[str] | None) -> LowRank:
+    """All ``--low-rank`` options together: one format, or one for each kind of layer."""
+    if not texts:
+        return "tt"
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    pairs = [text.partition("=")[::2] for text in texts]
+    if sorted(kind for kind, _ in pairs) != ["conv", "linear"]:
+        raise typer.BadParameter(
+            f"{' '.join(texts)!r} must be one format, or both conv=NAME and linear=NAME",
+            param_hint="--low-rank",
+        )
+    return dict(pairs)
 
 
 def stored_rows(stored: dict[str, Any]) -> list[tuple[str, ...]]:

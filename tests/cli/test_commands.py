@@ -150,6 +150,16 @@ def test_recalibration_without_batch_normalisation_says_so(monkeypatch, weights)
     assert "warning: --recalibrate: the network has no batch normalisation" in outcome.stderr
 
 
+def test_formats_of_each_kind_of_layer(monkeypatch, weights, tmp_path):
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: digits())
+    words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--recipe", "lowrank-sparse"]
+    words += ["--low-rank", "conv=tucker2", "--low-rank", "linear=svd", "--output", tmp_path / "net"]
+    run("compress", *words, "--finetune-epochs", 1, *FAST)
+    network = load(tmp_path / "net", models.build("lenet5"))
+    found = [network.get_submodule(name).weight.structure["low_rank"] for name in ("conv2", "fc1")]
+    assert found == ["tucker2", "svd"]
+
+
 @pytest.mark.parametrize("recipe", ["lowrank-sparse", "sparse", "lowrank"])
 def test_recipes(monkeypatch, weights, recipe, tmp_path):
     monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: digits())
@@ -280,6 +290,9 @@ def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
         [*RECIPE, "--rank", "4"],
         [*RECIPE, "--format", "tt"],
         [*RECIPE, "--low-rank", "lowrank_sparse"],
+        [*RECIPE, "--low-rank", "conv=tucker2"],
+        [*RECIPE, "--low-rank", "tt", "--low-rank", "cp"],
+        [*RECIPE, "--low-rank", "conv=tucker2", "--low-rank", "linear=lowrank_sparse"],
         [*RECIPE, "--mode", "sum"],
         [*RECIPE, "--init", "zero"],
         [*RECIPE, "--sparsity", "1.5"],
