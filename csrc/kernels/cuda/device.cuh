@@ -47,11 +47,17 @@ TC_DEVICE char* shared_memory() {
 TC_DEVICE void sync_block() { __syncthreads(); }
 TC_DEVICE void sync_warp() { __syncwarp(); }
 
-// 16 bytes from global to shared memory, of which the first `bytes` (0 to 16) are read and the rest are zero. Both
-// addresses are multiples of 16.
+// 16 (or 4, or 8) bytes from global to shared memory, of which the first `bytes` are read and the rest are zero. Both
+// addresses are multiples of the width.
+template <int kWidth = 16>
 TC_DEVICE void copy_async(void* to, const void* from, int bytes) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+  if constexpr (kWidth == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from), "r"(bytes), "n"(kWidth)
+                 : "memory");
+  }
 }
 TC_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for this thread's copies, all groups but the latest kPending.
@@ -118,6 +124,10 @@ struct alignas(16) Words4 {
 TC_DEVICE Words4 load_constant(const Words4* from) {
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
   return {{v.x, v.y, v.z, v.w}};
+}
+// 16 bytes that nobody reads soon.
+TC_DEVICE void store_streaming(Words4* to, const Words4& v) {
+  __stcs(reinterpret_cast<uint4*>(to), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
 
 // A checked launch; the error of this launch is returned and cleared, nothing waits for the device.

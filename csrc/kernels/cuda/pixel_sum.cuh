@@ -2,60 +2,17 @@
 // into splits whose partial results a second kernel adds in a fixed order, so that results are reproducible.
 #pragma once
 
+#include "kernels/cuda/fragments.cuh"
 #include "kernels/cuda/pixel_sum_shape.h"
-#include "kernels/cuda/stages.cuh"
 
 namespace tensorcomp::cuda {
-
-// Fragments of 16-bit matrices that lie [pixel][column]: transposed on their way to registers.
-template <typename E, bool kSplit, int kBytes>
-struct SumFragments {
-  static TC_DEVICE void left(Left<E>& to, const char* chunk, int32_t step, int32_t column, int lane) {
-    const int32_t pixel = step * 16 + lane / 16 * 8 + lane % 8, at = column + lane / 8 % 2 * 8;
-    load_matrices_transposed(to.a, chunk + pixel * sum_pitch(2) + at * 2);
-    to.prepare();
-  }
-  // Two 8-column blocks.
-  static TC_DEVICE void right(uint32_t (&high)[4], uint32_t (&)[4], const char* chunk, int32_t step, int32_t column,
-                              int lane) {
-    const int32_t pixel = step * 16 + lane / 8 % 2 * 8 + lane % 8, at = column + lane / 16 * 8;
-    load_matrices_transposed(high, chunk + pixel * sum_pitch(2) + at * 2);
-  }
-};
-
-// 32-bit ones: element by element.
-template <typename E, bool kSplit>
-struct SumFragments<E, kSplit, 4> {
-  static TC_DEVICE uint32_t at(const char* chunk, int32_t pixel, int32_t column) {
-    return *reinterpret_cast<const uint32_t*>(chunk + pixel * sum_pitch(4) + column * 4);
-  }
-  static TC_DEVICE void left(Left<E>& to, const char* chunk, int32_t step, int32_t column, int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to.a[i] = at(chunk, step * 8 + lane % 4 + i / 2 * 4, column + lane / 4 + i % 2 * 8);
-    }
-    to.prepare();
-  }
-  static TC_DEVICE void right(uint32_t (&high)[4], uint32_t (&low)[4], const char* chunk, int32_t step, int32_t column,
-                              int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = at(chunk, step * 8 + lane % 4 + i % 2 * 4, column + lane / 4 + i / 2 * 8);
-      if (kSplit) {
-        split_tf32(bits, high[i], low[i]);
-      } else {
-        high[i] = round_to_tf32(bits_to_float(bits));
-      }
-    }
-  }
-};
 
 template <typename E>
 class PixelSumBlock {
  public:
   using Storage = typename E::Storage;
   static constexpr int kBytes = sizeof(Storage);
-  using Fragments = SumFragments<E, E::kParts == 2, kBytes>;
+  using Fragments = TurnedFragments<E, sum_pitch(kBytes)>;
 
   TC_DEVICE explicit PixelSumBlock(const PixelSumParams& params)
       : p(params),
@@ -234,25 +191,8 @@ class PixelSumBlock {
 
   TC_DEVICE void multiply(Accumulators<2, 4>& acc, const char* a, const char* b) const {
     if (work.m + quarter_m() >= sum_rows(p) || work.n + quarter_n() >= p.n) return;
-    constexpr int kSteps = kSumPixels * kBytes / kStepBytes;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Left<E> left[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) Fragments::left(left[i], a, step, quarter_m() + 16 * i, lane);
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        uint32_t high[4], low[4] = {0, 0, 0, 0};
-        Fragments::right(high, low, b, step, quarter_n() + 16 * pair, lane);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t b_high[2] = {high[2 * half], high[2 * half + 1]};
-          const uint32_t b_low[2] = {low[2 * half], low[2 * half + 1]};
-#pragma unroll
-          for (int i = 0; i < 2; ++i) left[i].multiply(acc.value[i][2 * pair + half], b_high, b_low);
-        }
-      }
-    }
+    multiply_chunk<E, Fragments, Fragments, kSumPixels * kBytes / kStepBytes>(acc, a, b, quarter_m(), quarter_n(),
+                                                                              lane);
   }
 
   // Two threads a column of A, every second pixel each.

@@ -13,7 +13,7 @@ constexpr int kSumStages = 3;
 
 // 16-bit rows of 64 and 8 more: eight rows read together lie in different banks. 32-bit rows of 64 and 8 more: four
 // rows of eight columns do.
-TC_HOST_DEVICE int32_t sum_pitch(int32_t bytes) { return (kSumTile + 8) * bytes; }
+TC_HOST_DEVICE constexpr int32_t sum_pitch(int32_t bytes) { return (kSumTile + 8) * bytes; }
 TC_HOST_DEVICE int32_t sum_chunk_bytes(int32_t bytes) { return kSumPixels * sum_pitch(bytes); }
 TC_HOST_DEVICE int32_t sum_shared_bytes(int32_t bytes) { return 2 * kSumStages * sum_chunk_bytes(bytes); }
 

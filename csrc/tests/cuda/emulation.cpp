@@ -29,7 +29,7 @@ constexpr size_t kStack = 128 * 1024;
 struct Copy {
   char* to;
   const char* from;
-  int bytes;
+  int bytes, width;
 };
 
 enum class State { kRunning, kAtWarp, kAtBlock, kDone };
@@ -245,15 +245,15 @@ void meet_warp(int site, void* argument, void (*together)(void* const* arguments
   together(arguments);
 }
 
-void copy(void* to, const void* from, int bytes) {
-  if (bytes < 0 || bytes > 16) fail("an asynchronous copy of a size other than 0 to 16");
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("an asynchronous copy to an address not aligned to 16 bytes");
-  if (bytes != 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    fail("an asynchronous copy from an address not aligned to 16 bytes");
+void copy(void* to, const void* from, int bytes, int width) {
+  if (bytes < 0 || bytes > width) fail("an asynchronous copy of a size other than 0 to its width");
+  if (reinterpret_cast<uintptr_t>(to) % width != 0) fail("an asynchronous copy to an address not aligned to its width");
+  if (bytes != 0 && reinterpret_cast<uintptr_t>(from) % width != 0) {
+    fail("an asynchronous copy from an address not aligned to its width");
   }
   // On its way, it may have arrived or not: whoever still reads what was there before reads NaN.
-  std::memset(to, 0xff, 16);
-  self().open.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes});
+  std::memset(to, 0xff, static_cast<size_t>(width));
+  self().open.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, width});
 }
 
 void fail_assertion() { the_block->assertion_failed = true; }
@@ -268,7 +268,7 @@ void wait(int pending) {
   Fiber& mine = self();
   while (static_cast<int>(mine.groups.size()) > pending) {
     for (const Copy& c : mine.groups.front()) {
-      std::memset(c.to, 0, 16);
+      std::memset(c.to, 0, static_cast<size_t>(c.width));
       std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
     }
     mine.groups.pop_front();

@@ -42,7 +42,7 @@ int threads();
 int64_t block();
 int64_t blocks();
 char* shared();
-void copy(void* to, const void* from, int bytes);
+void copy(void* to, const void* from, int bytes, int width);
 void commit();
 // The launch returns cudaErrorAssert; its threads go on, where a device would stop them.
 void fail_assertion();
@@ -79,7 +79,11 @@ inline void sync_warp() {
 inline void device_assert(bool holds, const char*) {
   if (!holds) emulation::fail_assertion();
 }
-inline void copy_async(void* to, const void* from, int bytes) { emulation::copy(to, from, bytes); }
+template <int kWidth = 16>
+inline void copy_async(void* to, const void* from, int bytes) {
+  static_assert(kWidth == 4 || kWidth == 8 || kWidth == 16);
+  emulation::copy(to, from, bytes, kWidth);
+}
 inline void copy_commit() { emulation::commit(); }
 template <int kPending>
 inline void copy_wait() {
@@ -143,6 +147,7 @@ struct alignas(16) Words4 {
   uint32_t word[4];
 };
 inline Words4 load_constant(const Words4* from) { return *from; }
+inline void store_streaming(Words4* to, const Words4& value) { *to = value; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
