@@ -4,8 +4,8 @@
 #include <tuple>
 
 #include "../kernels/cpu/dispatch.h"
+#include "arguments.h"
 #include "phases.h"
-#include "tensor_utils.h"
 
 namespace tensorcomp::ops {
 namespace {
@@ -23,9 +23,7 @@ Tensor in_rows(const Tensor& t) {
 
 int64_t row_of(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
-bool fits(const Tensor& a, const Tensor& b) {
-  return has_native_dtype(a) && a.dim() == 2 && b.dim() == 2 && a.size(0) > 0 && b.size(1) > 0;
-}
+bool fits(const Tensor& a, const Tensor& b) { return has_native_dtype(a) && a.size(0) > 0 && b.size(1) > 0; }
 
 // Tensors that are read as they lie, kept until the call ends.
 struct Problem {
@@ -34,22 +32,9 @@ struct Problem {
 };
 
 // `entries` is what has the weight's shape: the values or the gradient.
-Problem checked(const Tensor& a, const Tensor& b, const Tensor& entries, const char* what, const Tensor& mask,
-                bool masking) {
+Problem problem_of(const Tensor& a, const Tensor& b, const Tensor& entries, const Tensor& mask, bool masking) {
   const int64_t m = a.size(0), rank = a.size(1), n = b.size(1);
-  STD_TORCH_CHECK(b.size(0) == rank, kName, ": b must be [r, n] with r = ", rank, ", got ", sizes_of(b));
-  STD_TORCH_CHECK(entries.dim() == 2 && entries.size(0) == m && entries.size(1) == n, kName, ": ", what,
-                  " must be [m, n] = [", m, ", ", n, "], got ", sizes_of(entries));
-  for (const Tensor* t : {&a, &b, &entries}) {
-    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == a.scalar_type(), kName, ": a, b and ", what,
-                    " must have one dtype and lie on the CPU");
-  }
   const bool bits = mask.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(mask.is_cpu() && (bits || mask.scalar_type() == ScalarType::Bool), kName,
-                  ": mask must be bool or uint8 and lie on the CPU");
-  const int64_t width = bits ? (n + 7) / 8 : n;
-  STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == m && mask.size(1) == width, kName, ": mask must be [", m, ", ",
-                  width, "], got ", sizes_of(mask));
   Problem made{{}, in_rows(a), in_rows(b), in_rows(mask), in_rows(entries)};
   SparseWeightShape& s = made.shape;
   s.dtype = kernel_dtype(a);
@@ -67,15 +52,18 @@ Problem checked(const Tensor& a, const Tensor& b, const Tensor& entries, const c
   return made;
 }
 
-Tensor lowrank_sparse_weight(const Tensor& a, const Tensor& b, const Tensor& values, const Tensor& mask, bool masking) {
+// allow_tf32 is for other devices.
+Tensor lowrank_sparse_weight(const Tensor& a, const Tensor& b, const Tensor& values, const Tensor& mask, bool masking,
+                             bool allow_tf32) {
+  check_sparse_weight(kName, a, b, values, "values", mask);
   if (!fits(a, b)) {
     using torch::stable::detail::from;
-    std::array<StableIValue, 5> stack{from(a), from(b), from(values), from(mask), from(masking)};
+    std::array<StableIValue, 6> stack{from(a), from(b), from(values), from(mask), from(masking), from(allow_tf32)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("tensorcomp::lowrank_sparse_weight_reference", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
-  const Problem problem = checked(a, b, values, "values", mask, masking);
+  const Problem problem = problem_of(a, b, values, mask, masking);
   SparseWeightParams p;
   p.shape = problem.shape;
   p.values = problem.entries.const_data_ptr();
@@ -92,16 +80,18 @@ Tensor lowrank_sparse_weight(const Tensor& a, const Tensor& b, const Tensor& val
 
 // Gradients of a, b and the values; those whose bit is not in `mask_out` are empty.
 Gradients lowrank_sparse_weight_backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor& mask,
-                                         bool masking, int64_t mask_out) {
+                                         bool masking, int64_t mask_out, bool allow_tf32) {
+  check_sparse_weight(kName, a, b, grad, "grad", mask);
   if (!fits(a, b)) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
-    std::array<StableIValue, 6> stack{from(grad), from(a), from(b), from(mask), from(masking), from(mask_out)};
+    std::array<StableIValue, 7> stack{from(grad),    from(a),        from(b),         from(mask),
+                                      from(masking), from(mask_out), from(allow_tf32)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("tensorcomp::lowrank_sparse_weight_backward_reference", "",
                                                         stack.data(), TORCH_ABI_VERSION));
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
   }
-  const Problem problem = checked(a, b, grad, "grad", mask, masking);
+  const Problem problem = problem_of(a, b, grad, mask, masking);
   SparseWeightBackwardParams q;
   q.shape = problem.shape;
   q.grad = problem.entries.const_data_ptr();
@@ -129,10 +119,12 @@ Gradients lowrank_sparse_weight_backward(const Tensor& grad, const Tensor& a, co
 // The schemas stand in tensorcomp_ext/ops/_lowrank_sparse_weight_autograd.py too, for installations without native
 // code.
 STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
-  m.def("lowrank_sparse_weight(Tensor a, Tensor b, Tensor values, Tensor mask, bool masking) -> Tensor");
   m.def(
-      "lowrank_sparse_weight_backward(Tensor grad, Tensor a, Tensor b, Tensor mask, bool masking, int output_mask) -> "
-      "(Tensor, Tensor, Tensor)");
+      "lowrank_sparse_weight(Tensor a, Tensor b, Tensor values, Tensor mask, bool masking, bool allow_tf32=False) -> "
+      "Tensor");
+  m.def(
+      "lowrank_sparse_weight_backward(Tensor grad, Tensor a, Tensor b, Tensor mask, bool masking, int output_mask, "
+      "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensorcomp, CPU, m) {

@@ -14,9 +14,10 @@ from ._register import define
 from ._transforms import transformed
 
 SCHEMAS = {
-    "lowrank_sparse_weight": "(Tensor a, Tensor b, Tensor values, Tensor mask, bool masking) -> Tensor",
+    "lowrank_sparse_weight": "(Tensor a, Tensor b, Tensor values, Tensor mask, bool masking, "
+    "bool allow_tf32=False) -> Tensor",
     "lowrank_sparse_weight_backward": "(Tensor grad, Tensor a, Tensor b, Tensor mask, bool masking, "
-    "int output_mask) -> (Tensor, Tensor, Tensor)",
+    "int output_mask, bool allow_tf32=False) -> (Tensor, Tensor, Tensor)",
 }
 """Bits 0, 1 and 2 of ``output_mask`` ask for the gradients of a, b and values; others come empty."""
 
@@ -43,44 +44,51 @@ class LowrankSparseWeight(torch.autograd.Function):
     """The op's autograd; called directly it spares a call the dispatcher's way into Python."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool, allow_tf32: bool
+    ) -> Tensor:
         ctx.save_for_backward(a, b, mask)
-        ctx.masking = masking
+        ctx.options = masking, allow_tf32
         with _below_autograd():
-            w: Tensor = _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking)
+            w: Tensor = _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking, allow_tf32)
             return w
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, mask = ctx.saved_tensors
+        masking, allow_tf32 = ctx.options
         wanted = ctx.needs_input_grad[:3]
         if (_is_grad_enabled() or transformed()) and not _is_compiling():
             # Somebody differentiates or maps the gradients: the oracle is made of torch operations.
-            return *gradients(grad, a, b, mask, ctx.masking, wanted, _is_grad_enabled()), None, None
+            return *gradients(grad, a, b, mask, masking, wanted, _is_grad_enabled()), None, None, None
         bits = wanted[0] | wanted[1] << 1 | wanted[2] << 2
-        found = _OPS.lowrank_sparse_weight_backward.default(grad, a, b, mask, ctx.masking, bits)
-        return *[g if w else None for g, w in zip(found, wanted, strict=True)], None, None
+        found = _OPS.lowrank_sparse_weight_backward.default(grad, a, b, mask, masking, bits, allow_tf32)
+        return *[g if w else None for g, w in zip(found, wanted, strict=True)], None, None, None
 
 
 # See _conv_autograd.py on what this leaves out.
 _apply = super(torch.autograd.Function, LowrankSparseWeight).apply
 
 
-def native_weight(a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool) -> Tensor:
+def native_weight(
+    a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool, allow_tf32: bool = False
+) -> Tensor:
     """The op, differentiable where gradients are wanted; the arguments fit and no transform is on."""
     if _is_grad_enabled() and (a.requires_grad or b.requires_grad or values.requires_grad):
-        w: Tensor = _apply(_unwrap(a), _unwrap(b), _unwrap(values), _unwrap(mask), masking)
+        w: Tensor = _apply(_unwrap(a), _unwrap(b), _unwrap(values), _unwrap(mask), masking, allow_tf32)
         return w
     with _below_autograd():
-        w = _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking)
+        w = _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking, allow_tf32)
         return w
 
 
-def autograd_kernel(a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool) -> Tensor:
+def autograd_kernel(
+    a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool, allow_tf32: bool = False
+) -> Tensor:
     """What the dispatcher calls for ``tensorcomp::lowrank_sparse_weight`` where autograd looks on."""
     if transformed():
         return oracle(a, b, values, mask, masking)
-    return native_weight(a, b, values, mask, masking)
+    return native_weight(a, b, values, mask, masking, allow_tf32)
 
 
 def gradients(

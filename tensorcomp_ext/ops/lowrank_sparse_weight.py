@@ -1,6 +1,7 @@
 """The dense weight of a low-rank and a sparse matrix, for layers that are trained.
 
-Whatever native code cannot take goes to the oracle; :func:`native_support` says why.
+``csrc/ops/lowrank_sparse_weight.cpp`` serves CPU float32 and bfloat16, ``csrc/ops/cuda`` CUDA float32,
+float16 and bfloat16; whatever they cannot take goes to the oracle, and :func:`native_support` says why.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from .. import _native
 from .._native import Support
+from . import _cuda
 from ._conv_arguments import check_tensor
+from ._cuda import matmul_tf32
 from ._lowrank_sparse_weight_autograd import SCHEMAS, autograd_kernel, gradients, native_weight, oracle
 from ._oracle_gradients import mask_bits
 from ._register import define, fallthrough_autograd, register_autograd, register_default, register_mapped
@@ -28,14 +31,18 @@ _is_compiling = torch.compiler.is_compiling
 
 def native_support(a: Tensor, b: Tensor) -> Support:
     """Whether a native kernel takes this problem, and the reason when it does not."""
-    device = a.device.type
-    if device != "cpu":
-        return Support(False, f"there is no native {_NAME} for device {device!r}")
-    loaded = _native.status()
-    if loaded.ok and not _BUILT:
-        return Support(False, f"the native CPU library has no {_NAME}")
-    if loaded.ok and a.dtype not in _CPU_DTYPES:
-        return Support(False, f"the native CPU kernels take float32 and bfloat16, not {a.dtype}")
+    if a.is_cuda:
+        loaded = _cuda.support(a.dtype, a.device)
+        if loaded.ok and _is_compiling():
+            return loaded  # in a compiled graph the op itself decides by sizes
+    elif not a.is_cpu:
+        return Support(False, f"there is no native {_NAME} for device {a.device.type!r}")
+    else:
+        loaded = _native.status()
+        if loaded.ok and not _BUILT:
+            return Support(False, f"the native CPU library has no {_NAME}")
+        if loaded.ok and a.dtype not in _CPU_DTYPES:
+            return Support(False, f"the native CPU kernels take float32 and bfloat16, not {a.dtype}")
     if loaded.ok and 0 in (a.shape[0], b.shape[1]):
         return Support(False, "the weight is empty")
     return loaded
@@ -53,7 +60,8 @@ def lowrank_sparse_weight(
 
     Args:
         a: ``[m, r]``, any strides, as all arguments. A convolution's weight goes here as ``[T, S kh kw]``.
-            With r = 0 there is no low-rank part, and W is what the mask keeps of S.
+            With r = 0 there is no low-rank part, and W is what the mask keeps of S. CUDA float32 is
+            rounded to TF32 only where ``torch.backends.cuda.matmul`` allows it.
         b: ``[r, n]``.
         values: S, ``[m, n]``.
         mask: M, bool ``[m, n]``, or one bit an entry, uint8 ``[m, ceil(n / 8)]`` from ``pack_mask``.
@@ -83,14 +91,14 @@ def lowrank_sparse_weight(
         support = native_support(a, b)
         if support.ok:
             if _is_compiling():
-                return _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking)
+                return _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking, matmul_tf32(a))
             if not transformed():
-                return native_weight(a, b, values, mask, masking)
+                return native_weight(a, b, values, mask, masking, matmul_tf32(a))
             support = Support(False, "function transforms and forward-mode AD go to the reference")
         if backend == "native":
             raise ValueError(f"{_NAME}: backend='native' cannot serve: {support.reason}")
     if _is_compiling():
-        return _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking)
+        return _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking, matmul_tf32(a))
     return oracle(a, b, values, mask, masking).contiguous()
 
 
@@ -118,26 +126,42 @@ def check_arguments(a: Tensor, b: Tensor, values: Tensor, mask: Tensor) -> None:
 # --- registration ---
 
 
-def _forward(a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool) -> Tensor:
+def _forward(
+    a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool, allow_tf32: bool = False
+) -> Tensor:
     check_arguments(a, b, values, mask)
     return oracle(a, b, values, mask, masking).contiguous()
 
 
 def _backward(
-    grad: Tensor, a: Tensor, b: Tensor, mask: Tensor, masking: bool, output_mask: int
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor,
+    masking: bool,
+    output_mask: int,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     check_arguments(a, b, grad, mask)
     found = gradients(grad, a, b, mask, masking, mask_bits(output_mask, 3), create_graph=False)
     return tuple(a.new_empty(0) if g is None else g.contiguous() for g in found)
 
 
-def _fake_forward(a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool) -> Tensor:
+def _fake_forward(
+    a: Tensor, b: Tensor, values: Tensor, mask: Tensor, masking: bool, allow_tf32: bool = False
+) -> Tensor:
     check_arguments(a, b, values, mask)
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
 def _fake_backward(
-    grad: Tensor, a: Tensor, b: Tensor, mask: Tensor, masking: bool, output_mask: int
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor,
+    masking: bool,
+    output_mask: int,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     wanted = mask_bits(output_mask, 3)
     return tuple(

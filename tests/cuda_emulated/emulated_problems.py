@@ -39,6 +39,8 @@ OPS = (
     "chain_packed",
     "ttm_embedding",
     "ttm_embedding_backward",
+    "lowrank_sparse_weight",
+    "lowrank_sparse_weight_backward",
 )
 WITH_REFERENCE = tuple(op for op in OPS if not op.endswith(("pack", "packed", "tail")))
 """Ops that go to a reference where the kernels cannot serve; the others raise."""

@@ -1,0 +1,72 @@
+"""What the low-rank + sparse weight hands to its CUDA op, seen through fake tensors: no device is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from lowrank_sparse_problems import WeightCase
+from test_cuda_calls import MATMUL, Recorder
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tensorcomp_ext import _native
+from tensorcomp_ext.ops import lowrank_sparse_weight
+from tensorcomp_ext.ops._lowrank_sparse_weight_autograd import native_weight
+from tensorcomp_ext.ops.lowrank_sparse_weight import native_support
+
+
+def fake_weight(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """a, b, values and the mask, under a fake mode."""
+    made = [torch.empty(shape, dtype=dtype, device="cuda") for shape in ((9, 3), (3, 13), (9, 13))]
+    return [*made, torch.empty(9, 13, dtype=torch.bool, device="cuda")]
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where the CUDA library is loaded; TF32 is afterwards as it was before."""
+    monkeypatch.setattr(_native, "cuda_status", lambda: _native.Support(True))
+    before = MATMUL.allow_tf32
+    yield
+    MATMUL.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tf32_is_as_torch_allows_it(dtype: torch.dtype) -> None:
+    for allowed in (True, False):
+        MATMUL.allow_tf32 = allowed
+        with FakeTensorMode():
+            tensors = fake_weight(dtype)
+            with Recorder() as recorder:
+                w = lowrank_sparse_weight(*tensors, mode="additive", backend="native")
+        assert w.dtype == dtype and w.is_cuda
+        assert recorder.calls["lowrank_sparse_weight"]["allow_tf32"] is (allowed and dtype == torch.float32)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_backward_has_what_forward_had(allowed: bool) -> None:
+    """On the CPU, whose kernels take the argument and let it be."""
+    a, b, values, mask = WeightCase().make()
+    with Recorder() as recorder:
+        w = native_weight(a.requires_grad_(), b, values, mask, True, allowed)
+        torch.autograd.grad(w.sum(), a)
+    forward, backward = (recorder.calls[f"lowrank_sparse_weight{end}"] for end in ("", "_backward"))
+    assert forward["allow_tf32"] is backward["allow_tf32"] is allowed
+    assert backward["output_mask"] == 0b1 and backward["masking"] is True
+
+
+def test_native_support_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = _native.Support(False, "the CUDA library is on holiday")
+    with FakeTensorMode():
+        a, b, *_ = fake_weight()
+        monkeypatch.setattr(_native, "cuda_status", lambda: missing)
+        assert native_support(a, b) == missing
+        monkeypatch.setattr(_native, "cuda_status", lambda: _native.Support(True))
+        assert native_support(a, b).ok
+        assert "not torch.float64" in native_support(a.double(), b.double()).reason
+        empty = torch.empty(0, 3, device="cuda")
+        assert native_support(empty, b).reason == "the weight is empty"
+    meta = torch.empty(3, 2, device="meta")
+    assert native_support(meta, meta).reason == "there is no native lowrank_sparse_weight for device 'meta'"
