@@ -1,0 +1,212 @@
+"""Ways of compressing that store as much: their rows and order, what they count, and runs that are killed."""
+
+import gzip
+import importlib
+import json
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = {
+    "network": "lenet5",
+    "formats": "tt",
+    "sizes": "0.2",
+    "masked": "none",
+    "dense-epochs": "1",
+    "images": "48",
+    "held-out": "20",
+    "epochs": "2",
+    "prune-epochs": "1",
+    "batch-size": "16",
+}
+WAYS = [
+    ("sparse", "none", "none"),
+    ("lowrank-sparse", "tt", "additive"),
+    ("lowrank", "tt", "none"),
+    ("lowrank-sparse", "tt", "masking"),
+]
+WORKER = textwrap.dedent("""
+    import os, signal, sys
+    root, moment, *arguments = sys.argv[1:]
+    sys.path.insert(0, root)
+    from benchmarks.accuracy import lowrank_sparse
+    replace, left = os.replace, [int(moment)]
+    def replaced(*paths):  # files written whole: that of the moment is not yet in place
+        left[0] -= 1
+        return replace(*paths) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replaced
+    sys.exit(lowrank_sparse.main(arguments))
+""")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _benchmarks_importable():
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def driver():
+    return importlib.import_module("benchmarks.accuracy.lowrank_sparse")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Fashion-MNIST's files with 80 + 40 images: noise, brighter in a column of its own for each class."""
+    found = tmp_path_factory.mktemp("data") / "fashion-mnist"
+    found.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train", 80), ("t10k", 40)):
+        labels = (torch.arange(count) % 10).to(torch.uint8)
+        images = torch.randint(0, 100, (count, 28, 28), generator=generator).to(torch.uint8)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[:, 2 * label + 4 : 2 * label + 6] += 120
+        files = {"images-idx3": (2051, images), "labels-idx1": (2049, labels)}
+        for kind, (magic, values) in files.items():
+            head = struct.pack(f">{1 + values.dim()}i", magic, *values.shape)
+            content = gzip.compress(head + values.numpy().tobytes())
+            (found / f"{name}-{kind}-ubyte.gz").write_bytes(content)
+    return found.parent
+
+
+def arguments_of(folder, path, *more):
+    tiny = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    return [*tiny, "--data", str(folder), "--json", str(path), *more]
+
+
+def errors(row):
+    return sum(layer["error"] for layer in row["layers"])
+
+
+def without_times(path):
+    """Results but for times and versions."""
+    found = json.loads(path.read_text())
+    for row in found["rows"]:
+        del row["seconds"], row["training_seconds"]
+        for epoch in row["history"]:
+            del epoch["seconds"]
+    return {key: found[key] for key in ("suite", "network", "config", "complete", "dense", "rows")}
+
+
+@pytest.fixture(scope="module")
+def whole(driver, folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "rows.json"
+    assert driver.main(arguments_of(folder, path)) == 0
+    return path
+
+
+def test_rows_count_what_is_stored_and_what_is_right(whole, driver):
+    found = without_times(whole)
+    assert found["suite"] == driver.SUITE and found["complete"] and found["dense"]["total"] == 40
+    assert [(r["method"], r["format"], r["mode"]) for r in found["rows"]] == WAYS
+    weights = 20 * 25 + 50 * 20 * 25 + 320 * 1250
+    for row in found["rows"]:
+        assert row["weights"] == weights and row["stored"] == row["low_rank"] + row["sparse"]
+        assert row["left_dense"] == [] and sum(layer["stored"] for layer in row["layers"]) == row["stored"]
+        assert row["test"]["total"] == 40 and [e["held_out"][1] for e in row["history"]] == [20, 20]
+        assert [layer["shape"] for layer in row["layers"]] == [[20, 1, 5, 5], [50, 20, 5, 5], [320, 1250]]
+    sparse, both, low, masking = found["rows"]
+    assert {r["stored"] for r in (sparse, both, masking)} == {round(0.2 * weights)}
+    assert low["stored"] <= 0.2 * weights < 1.1 * low["stored"]
+    assert both["low_rank"] <= 0.1 * weights < 1.1 * both["low_rank"]
+    # Bytes with places: 4 a factor, and for an entry 4 and its place.
+    assert low["stored_bytes"] == 4 * low["stored"] and sparse["stored_bytes"] > 4 * sparse["stored"]
+    assert all(layer["error"] is None for layer in sparse["layers"])
+    assert all(0 < layer["error"] < 1 for layer in (*both["layers"], *low["layers"]))
+    assert errors(both) > errors(low)
+    for counted, numel in zip(both["histograms"].values(), (500, 25_000, 400_000), strict=True):
+        assert sum(counted["before"]) == sum(counted["after"]) == numel
+    assert "histograms" not in masking
+    assert list(whole.parent.glob("rows.work/*")) == [whole.parent / "rows.work" / "dense.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [6, 8])
+def test_a_killed_run_goes_on(whole, folder, tmp_path, driver, moment):
+    """After the first epoch of the second row, and before it is written; 1 and 2 are the dense network."""
+    path = tmp_path / "rows.json"
+    arguments = arguments_of(folder, path)
+    command = [sys.executable, "-c", WORKER, str(ROOT), str(moment + 1), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = json.loads(path.read_text())
+    assert len(killed["rows"]) == (1 if moment == 6 else 2) and not killed["complete"]
+    assert driver.main(arguments) == 0
+    assert without_times(path) == without_times(whole)
+
+
+def test_time_that_is_over_ends_a_run_between_rows(whole, folder, tmp_path, driver, capsys):
+    path = tmp_path / "rows.json"
+    assert driver.main(arguments_of(folder, path, "--limit", "0")) == 0
+    assert "the run goes on" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert found["rows"] == [] and not found["complete"]
+    # Rows that are there are not run again: one that no run would give stays.
+    path.write_text(whole.read_text().replace('"method": "lowrank"', '"method": "other"'))
+    assert driver.main(arguments_of(folder, path, "--limit", "0")) == 0
+    kept = json.loads(path.read_text())
+    assert [row["method"] for row in kept["rows"]] == ["sparse", "lowrank-sparse", "other", "lowrank-sparse"]
+
+
+def test_results_of_other_settings_are_not_mixed(whole, folder, driver):
+    before = whole.read_bytes()
+    with pytest.raises(ValueError, match=r"rows\.json has results of other settings"):
+        driver.main(arguments_of(folder, whole, "--lr", "0.5"))
+    assert whole.read_bytes() == before
+    with pytest.raises(SystemExit):
+        driver.main(arguments_of(folder, whole, "--formats", "tr"))
+
+
+def test_learning_rates_are_compared_on_images_held_out(folder, tmp_path, driver, monkeypatch):
+    def no_test_images(*_, **__):
+        raise AssertionError("test images were looked at")
+
+    monkeypatch.setattr(driver, "evaluate", no_test_images)
+    path = tmp_path / "choice.json"
+    assert driver.main(arguments_of(folder, path, "--epochs", "1", "--choose", "0.01,0.1")) == 0
+    found = json.loads(path.read_text())["chosen_by"]
+    assert list(found) == ["0.01", "0.1"]
+    assert all(
+        {m: n for m, (_, n) in ways.items()} == dict.fromkeys(driver.CHOOSE_BY, 20) for ways in found.values()
+    )
+
+
+def test_order_of_rows(driver):
+    runs = importlib.import_module("benchmarks.accuracy.lowrank_sparse_runs")
+    found = runs.runs_of((0.3, 0.2, 0.15), ("cp", "tucker", "tt"), (0, 1), ("tt", "tucker"))
+    assert len(found) == len(set(found)) == len({run.key for run in found}) == 3 * 10 + 4 + 3 * 3
+    assert [run.storage for run in found] == [0.2] * 17 + [0.3] * 13 + [0.15] * 13
+    ways = [(run.method, run.format, run.mode) for run in found[:10]]
+    assert len(set(ways)) == 10 and all(run.init != "masking" for run in found[:10])
+    assert [(r.format, r.mode, r.seed) for r in found[10:14] if r.init == "masking"] == [
+        ("tt", "additive", 0),
+        ("tt", "masking", 0),
+        ("tucker", "additive", 0),
+        ("tucker", "masking", 0),
+    ]
+    assert {(r.method, r.format, r.seed) for r in found[14:17]} == {
+        ("sparse", "none", 1),
+        ("lowrank-sparse", "tt", 1),
+        ("lowrank", "tt", 1),
+    }
+
+
+def test_held_out_images_are_no_training_images(folder):
+    runs = importlib.import_module("benchmarks.accuracy.lowrank_sparse_runs")
+    network = runs.NETWORKS["lenet5"]
+    with pytest.raises(ValueError, match="must be at most 80 together, got 5120 and 1000"):
+        runs.images_of(network, folder)
+    small = runs.Network(**{**vars(network), "images": 60, "held_out": 20})
+    whole, images = runs.images_of(small, folder)
+    rows = torch.cat([images.train_images, images.test_images]).flatten(1).unique(dim=0)
+    assert len(rows) == 80 and torch.equal(rows, whole.train_images.flatten(1).unique(dim=0))
