@@ -16,6 +16,7 @@ from typing import Any
 from tensorcomp_ext.bench.chain_summary import chain_lines
 from tensorcomp_ext.bench.device_summary import network_table, never_slower_line
 from tensorcomp_ext.bench.embedding_summary import embedding_table
+from tensorcomp_ext.bench.equal_size_summary import EQUAL_SIZE, equal_size_lines, equal_size_table
 from tensorcomp_ext.bench.sparse_summary import sparse_lines, sparse_tables
 from tensorcomp_ext.bench.suite import read_results
 from tensorcomp_ext.bench.tables import bfloat16_table, markdown, overhead_table, rows_table, summary_table
@@ -108,8 +109,12 @@ def accuracy_section(results: dict[str, Any]) -> str:
 
 def section(path: Path) -> str:
     """The text for one results file."""
-    if json.loads(path.read_text(encoding="utf-8")).get("suite") == "cifar_resnets":
-        return accuracy_section(json.loads(path.read_text(encoding="utf-8")))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results.get("suite") == "cifar_resnets":
+        return accuracy_section(results)
+    if results.get("suite") == EQUAL_SIZE:
+        lines = "\n".join(f"- {line}" for line in equal_size_lines(results))
+        return f"{lines}\n\n{markdown(equal_size_table(results))}"
     return latency_section(read_results(path))
 
 

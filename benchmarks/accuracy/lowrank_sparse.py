@@ -4,7 +4,8 @@
 
 DIR holds ``fashion-mnist``, or ``cifar-10-batches-bin`` and ``weights/akamaster/*.th``. Every way is trained
 on the same images in the same schedule against the same dense network; test images are looked at once a row,
-when it is done. ``--choose 0.01,0.03,0.1`` only compares learning rates, on training images held out.
+when it is done. ``--choose 0.01,0.03,0.1`` only compares learning rates, on training images held out; results
+of the same ``--work`` quote what it found.
 
 A row is written when it is done, and epochs are checkpointed: a killed run started again goes on.
 """
@@ -36,13 +37,13 @@ from benchmarks.accuracy.lowrank_sparse_runs import (
     images_of,
     runs_of,
 )
+from tensorcomp_ext.bench.equal_size_summary import EQUAL_SIZE
 from tensorcomp_ext.bench.machine import isa, machine, versions
 from tensorcomp_ext.bench.suite import write_json
 from tensorcomp_ext.compress.report import Report
 from tensorcomp_ext.data import Dataset
 from tensorcomp_ext.recipes import Accuracy, LowRankSparseResult, evaluate, lowrank_sparse
 
-SUITE = "lowrank_sparse_accuracy"
 CHOOSE_BY = ("sparse", "lowrank-sparse", "lowrank")
 
 
@@ -110,9 +111,15 @@ def row_of(
         "seconds": time.perf_counter() - started,
         "training_seconds": sum(entry.seconds for entry in history),
     }
-    if run.seed == 0 and run.mode in ("additive", "none") and run.format in ("none", "tt"):
+    if run in shown(network):
         row["histograms"] = report.details["histograms"]
     return row
+
+
+def shown(network: Network) -> list[Run]:
+    """The rows that keep histograms of weights: pruning, decomposition in TT and their sum at one size."""
+    middle = network.sizes[len(network.sizes) // 2]
+    return [run for run in runs_of((middle,), ("tt",), (0,), ()) if run.mode != "masking"]
 
 
 def counts(accuracy: Accuracy) -> dict[str, int]:
@@ -120,17 +127,23 @@ def counts(accuracy: Accuracy) -> dict[str, int]:
 
 
 def choose(
-    rates: list[float], network: Network, dense: nn.Module, images: Dataset, work: Path, storage: float
+    rates: list[float], network: Network, dense: nn.Module, images: Dataset, work: Path
 ) -> dict[str, Any]:
-    """Correct answers on the images held out after the last epoch, by learning rate and method."""
+    """Correct answers on the images held out after the last epoch, by learning rate and method.
+
+    None where training diverged.
+    """
     found: dict[str, Any] = {}
     for lr in rates:
         for method in CHOOSE_BY:
-            run = next(r for r in runs_of((storage,), ("tt",), (0,), ()) if r.method == method)
+            run = next(r for r in shown(network) if r.method == method)
             path = work / f"choose_{lr:g}_{run.key}.ckpt"
-            last = compressed(run, network, dense, images, path, lr).history[-1].test
-            assert last is not None
-            found.setdefault(f"{lr:g}", {})[method] = list(last)
+            try:
+                last = compressed(run, network, dense, images, path, lr).history[-1].test
+            except RuntimeError as error:  # the loss is no longer finite
+                last = None
+                print(error, flush=True)
+            found.setdefault(f"{lr:g}", {})[method] = None if last is None else list(last)
             print(f"lr {lr:g}, {method}: {last} of training images held out", flush=True)
     return found
 
@@ -192,7 +205,7 @@ def resumed(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("suite") != SUITE or found["config"] != config:
+    if found.get("suite") != EQUAL_SIZE or found["config"] != config:
         raise ValueError(f"{path} has results of other settings: move it away, or give another --json")
     return found
 
@@ -223,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     images = images_of(network, options.data)[1].with_normalization(whole.mean, whole.std)
     kept = {"rows": []} if results is None else results
     results = {
-        "suite": SUITE,
+        "suite": EQUAL_SIZE,
         "network": network.name,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "complete": False,
@@ -233,12 +246,13 @@ def main(arguments: list[str] | None = None) -> int:
         "config": config,
         **{key: kept[key] for key in ("started", "dense", "rows") if key in kept},
     }
+    choice = options.work / "choice.json"
     if options.choose:
         rates = [float(rate) for rate in options.choose.split(",")]
-        middle = network.sizes[len(network.sizes) // 2]
-        results["chosen_by"] = choose(rates, network, dense, images, options.work, middle)
-        write_json(options.json, results)
+        write_json(choice, choose(rates, network, dense, images, options.work))
         return 0
+    if choice.exists():
+        results["chosen_by"] = json.loads(choice.read_text(encoding="utf-8"))
     if "dense" not in results:
         results["dense"] = {"source": source, **counts(evaluate(dense, whole, channels_last=True))}
         write_json(options.json, results)

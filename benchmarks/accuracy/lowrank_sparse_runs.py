@@ -138,25 +138,32 @@ def runs_of(
 ) -> list[Run]:
     """Rows in order of weight, so that a run cut short compares all ways at one size at least.
 
-    The middle size first: the ways of the first seed, then both starts, and pruning, decomposition and their
-    sum in the last format under the other seeds; then the other sizes in the same order, without starts.
+    The middle size first: all ways, then pruning, decomposition and their sum in the last format under the
+    other seeds, then the other start. After that the other sizes, and these under the other seeds.
     """
-    middle = sizes[len(sizes) // 2]
-    found: list[Run] = []
-    for storage in (middle, *(s for s in sizes if s != middle)):
-        first, *others = seeds
-        found.append(_sparse(storage, first))
-        for name in reversed(formats):
-            found.append(_both(name, storage, first))
-            found.append(_lowrank(name, storage, first))
-        found += [_both(name, storage, first, "masking") for name in reversed(formats)]
-        if storage == middle:
-            starts = [(name, mode) for name in masked if name in formats for mode in ("additive", "masking")]
-            found += [_both(name, storage, first, mode, "masking") for name, mode in starts]
-        for seed in others:
-            last = formats[-1]
-            found += [_sparse(storage, seed), _both(last, storage, seed), _lowrank(last, storage, seed)]
-    return found
+    middle, (first, *others), last = sizes[len(sizes) // 2], seeds, formats[-1]
+    rest = [size for size in sizes if size != middle]
+    starts = [(name, mode) for name in masked if name in formats for mode in ("additive", "masking")]
+    found = [
+        *_ways(formats, middle, first),
+        *(run for seed in others for run in _three(last, middle, seed)),
+        *(_both(name, middle, first, mode, "masking") for name, mode in starts),
+    ]
+    for storage in rest:
+        found += _ways(formats, storage, first)
+    return [*found, *(run for size in rest for seed in others for run in _three(last, size, seed))]
+
+
+def _ways(formats: Sequence[str], storage: float, seed: int) -> list[Run]:
+    """All ways at one size, those that matter most first."""
+    found = [_sparse(storage, seed)]
+    for name in reversed(formats):
+        found += [_both(name, storage, seed), _lowrank(name, storage, seed)]
+    return [*found, *(_both(name, storage, seed, "masking") for name in reversed(formats))]
+
+
+def _three(name: str, storage: float, seed: int) -> tuple[Run, Run, Run]:
+    return _sparse(storage, seed), _both(name, storage, seed), _lowrank(name, storage, seed)
 
 
 def images_of(network: Network, folder: Path) -> tuple[Dataset, Dataset]:

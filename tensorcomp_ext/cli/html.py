@@ -194,9 +194,18 @@ def _section(run: _Run, identity: str, with_plots: bool) -> dict[str, Any]:
             f"{'after training' if run.trained else 'before fine-tuning'}",
         },
         "plot": Markup(plots.layer_plot(replaced, identity)) if with_plots and replaced else None,
+        "errors": _errors(replaced, identity) if with_plots else None,
         "spectra": _spectra(run, identity) if with_plots and run.spectra else None,
         "histograms": _histograms(run, identity) if with_plots and run.histograms else None,
     }
+
+
+def _errors(layers: Sequence[LayerReport], identity: str) -> Markup | None:
+    """Errors of the decompositions, of two layers or more: what has no low-rank part has none."""
+    errors = {layer.name: layer.relative_error for layer in layers if layer.relative_error is not None}
+    if len(errors) < 2:
+        return None
+    return Markup(report_plots.error_plot({"": errors}, f"{identity}-errors"))
 
 
 def _histograms(run: _Run, identity: str) -> Markup:

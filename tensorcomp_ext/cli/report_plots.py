@@ -66,6 +66,33 @@ def histogram_plot(histograms: Mapping[str, Mapping[str, Any]], prefix: str) -> 
         return svg(figure, prefix)
 
 
+def error_plot(errors: Mapping[str, Mapping[str, float]], prefix: str) -> str:
+    """Relative errors of low-rank parts by layer, one line for each of up to three series; one SVG.
+
+    Args:
+        errors: series -> layer -> ``|A - L| / |A|``; layers in the order in which they first come.
+        prefix: makes the SVG's ids unique on the page.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for series in errors.values() for name in series))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(min(7.2, 2.4 + 0.3 * len(names)), 2.8), layout="constrained")
+        axes = figure.add_subplot()
+        marks = zip(errors.items(), (COMPRESSED, THIRD, DENSE), "osD", strict=False)
+        for (label, series), colour, mark in marks:
+            places = [k for k, name in enumerate(names) if name in series]
+            values = [series[names[k]] for k in places]
+            axes.plot(places, values, f"{mark}-", color=colour, linewidth=1.0, markersize=4, label=label)
+        axes.set_xticks(range(len(names)), [name or "(model)" for name in names], rotation=90, fontsize=7)
+        axes.set_ylim(0, None)
+        axes.set_title("relative error of the low-rank part")
+        if len(errors) > 1:
+            axes.legend(fontsize=8)
+        return svg(figure, prefix)
+
+
 def pareto_plot(points: Sequence[Mapping[str, Any]], prefix: str) -> str:
     """Latency against accuracy (against one minus the relative error without data) of a sweep; one SVG.
 

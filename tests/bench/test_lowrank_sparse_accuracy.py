@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tensorcomp_ext.bench.equal_size_summary import equal_size_lines, equal_size_table
+
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
     "network": "lenet5",
@@ -107,7 +109,7 @@ def whole(driver, folder, tmp_path_factory):
 
 def test_rows_count_what_is_stored_and_what_is_right(whole, driver):
     found = without_times(whole)
-    assert found["suite"] == driver.SUITE and found["complete"] and found["dense"]["total"] == 40
+    assert found["suite"] == driver.EQUAL_SIZE and found["complete"] and found["dense"]["total"] == 40
     assert [(r["method"], r["format"], r["mode"]) for r in found["rows"]] == WAYS
     weights = 20 * 25 + 50 * 20 * 25 + 320 * 1250
     for row in found["rows"]:
@@ -172,33 +174,35 @@ def test_learning_rates_are_compared_on_images_held_out(folder, tmp_path, driver
         raise AssertionError("test images were looked at")
 
     monkeypatch.setattr(driver, "evaluate", no_test_images)
-    path = tmp_path / "choice.json"
-    assert driver.main(arguments_of(folder, path, "--epochs", "1", "--choose", "0.01,0.1")) == 0
-    found = json.loads(path.read_text())["chosen_by"]
-    assert list(found) == ["0.01", "0.1"]
-    assert all(
-        {m: n for m, (_, n) in ways.items()} == dict.fromkeys(driver.CHOOSE_BY, 20) for ways in found.values()
+    path, choice = tmp_path / "rows.json", tmp_path / "rows.work" / "choice.json"
+    assert driver.main(arguments_of(folder, path, "--epochs", "1", "--choose", "0.01,1e30")) == 0
+    found = json.loads(choice.read_text())
+    assert not path.exists() and list(found) == ["0.01", "1e+30"]
+    assert {method: total for method, (_, total) in found["0.01"].items()} == dict.fromkeys(
+        driver.CHOOSE_BY, 20
     )
+    assert found["1e+30"] == dict.fromkeys(driver.CHOOSE_BY)
+    monkeypatch.undo()
+    assert driver.main(arguments_of(folder, path, "--limit", "0")) == 0
+    assert json.loads(path.read_text())["chosen_by"] == found
 
 
 def test_order_of_rows(driver):
     runs = importlib.import_module("benchmarks.accuracy.lowrank_sparse_runs")
     found = runs.runs_of((0.3, 0.2, 0.15), ("cp", "tucker", "tt"), (0, 1), ("tt", "tucker"))
     assert len(found) == len(set(found)) == len({run.key for run in found}) == 3 * 10 + 4 + 3 * 3
-    assert [run.storage for run in found] == [0.2] * 17 + [0.3] * 13 + [0.15] * 13
+    assert [run.storage for run in found] == [0.2] * 17 + [0.3] * 10 + [0.15] * 10 + [0.3] * 3 + [0.15] * 3
     ways = [(run.method, run.format, run.mode) for run in found[:10]]
     assert len(set(ways)) == 10 and all(run.init != "masking" for run in found[:10])
-    assert [(r.format, r.mode, r.seed) for r in found[10:14] if r.init == "masking"] == [
-        ("tt", "additive", 0),
-        ("tt", "masking", 0),
-        ("tucker", "additive", 0),
-        ("tucker", "masking", 0),
+    three = {("sparse", "none", 1), ("lowrank-sparse", "tt", 1), ("lowrank", "tt", 1)}
+    for begin in (10, 37, 40):
+        assert {(run.method, run.format, run.seed) for run in found[begin : begin + 3]} == three
+    assert [(r.format, r.mode, r.init, r.seed) for r in found[13:17]] == [
+        ("tt", "additive", "masking", 0),
+        ("tt", "masking", "masking", 0),
+        ("tucker", "additive", "masking", 0),
+        ("tucker", "masking", "masking", 0),
     ]
-    assert {(r.method, r.format, r.seed) for r in found[14:17]} == {
-        ("sparse", "none", 1),
-        ("lowrank-sparse", "tt", 1),
-        ("lowrank", "tt", 1),
-    }
 
 
 def test_held_out_images_are_no_training_images(folder):
@@ -210,3 +214,66 @@ def test_held_out_images_are_no_training_images(folder):
     whole, images = runs.images_of(small, folder)
     rows = torch.cat([images.train_images, images.test_images]).flatten(1).unique(dim=0)
     assert len(rows) == 80 and torch.equal(rows, whole.train_images.flatten(1).unique(dim=0))
+
+
+def rows_of_seeds(whole):
+    """The results of one seed, once more with ten answers fewer, and the starts of the others."""
+    found = json.loads(whole.read_text())
+    first = found["rows"][1]
+    again = {**first, "seed": 1, "test": {"correct": first["test"]["correct"] - 10, "total": 40}}
+    start = {**first, "init": "masking", "test": {"correct": 7, "total": 40}}
+    larger = {**found["rows"][0], "storage_asked": 0.5, "stored": found["rows"][0]["weights"] // 2}
+    for row in (again, start, larger):
+        del row["histograms"]
+        found["rows"].append(row)
+    return found
+
+
+def test_table_of_equal_sizes(whole):
+    results = rows_of_seeds(whole)
+    head, body = equal_size_table(results)
+    assert head[:3] == ["way", "0.5 stored: correct, %", "0.2 stored: correct, %"]
+    assert all(len(cells) == len(head) for cells in body)
+    found = {cells[0]: cells[1:] for cells in body}
+    assert list(found) == [
+        "sparse alone",
+        "low-rank + sparse, TT, additive",
+        "low-rank + sparse, TT, masking",
+        "low rank alone, TT",
+        "low-rank + sparse, TT, additive, masking start",
+    ]
+    right = [row["test"]["correct"] for row in results["rows"]]
+    assert found["sparse alone"][:2] == [f"{right[0] / 0.4:.2f}"] * 2
+    # Of n and n - 10 of 40 the mean is 12.5 below n and the deviation 25 / sqrt(2).
+    assert found["low-rank + sparse, TT, additive"][:2] == [
+        "–",
+        f"{right[1] / 0.4 - 12.5:.2f} ± 17.68 (2 seeds)",
+    ]
+    low = results["rows"][2]
+    share = f"{low['stored'] / low['weights']:.3f} stored"
+    assert found["low rank alone, TT"][1] in (f"{right[2] / 0.4:.2f}", f"{right[2] / 0.4:.2f}, {share}")
+    assert found["low rank alone, TT"][2] == f"{low['stored_bytes'] / 1e3:,.0f}"
+    assert found["low-rank + sparse, TT, additive, masking start"][1] == "17.50"
+    assert not any("not all rows" in line for line in equal_size_lines(results))
+    assert "not all rows" in equal_size_lines({**results, "complete": False})[-1]
+
+
+def test_page_of_figures(whole, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = importlib.import_module("benchmarks.accuracy.lowrank_sparse_plots")
+    path, page = tmp_path / "rows.json", tmp_path / "page.html"
+    path.write_text(json.dumps(rows_of_seeds(whole)))
+    assert plots.main([str(path), str(whole), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "http" not in text and "<script" not in text
+    for words in ("TT, residual start", "TT, masking start", "low rank alone, TT", "sparse alone", ">fc1<"):
+        assert words in text, words
+    # Sizes, starts and errors, and weights of three ways; one run has no second start.
+    assert text.count("<figure>") == 6 + 5 and text.count("<section") == 2
+    for name in ("sizes-1", "sizes-2", "starts-1", "errors-1", "weights-1-0"):
+        assert f'id="{name}-' in text, name
+    assert 'id="starts-2-' not in text
+    other = tmp_path / "other.json"
+    other.write_text('{"suite": "chain", "rows": [1]}')
+    with pytest.raises(SystemExit):
+        plots.main([str(other), "--html", str(page)])

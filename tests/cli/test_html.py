@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tensorcomp_ext.cli import html, plots
+from tensorcomp_ext.cli import html, plots, report_plots
 from tensorcomp_ext.compress.latency import Latency
 from tensorcomp_ext.compress.report import LayerReport, Report
 
@@ -143,6 +143,25 @@ def test_histograms_have_a_panel_a_layer(tmp_path):
     assert text.count('id="run-1-histograms-axes_') == 5 + 3
     plain = html.render({"runs": [{"name": "x", "report": report()}]})
     assert "which value" not in plain and "before fine-tuning" in plain
+
+
+def test_errors_of_layers_are_drawn_where_there_are_several(tmp_path):
+    """A layer without a low-rank part has none, and is left out."""
+    pytest.importorskip("matplotlib")
+    entries = [
+        LayerReport(n, "Conv2d", 9, 4, relative_error=e) for n, e in (("a", 0.5), ("b", None), ("<c>", 0.25))
+    ]
+    html.write_report(tmp_path / "r.html", Report(entries, 27, 12))
+    text = (tmp_path / "r.html").read_text()
+    Document(text)
+    assert "relative error of the low-rank part" in text and 'id="run-1-errors-' in text
+    assert ">a<" in text and ">&lt;c&gt;<" in text and "<c>" not in text
+    figure = text[text.index('id="run-1-errors-') :]
+    assert ">b<" not in figure[: figure.index("</svg>")]
+    one = html.render({"runs": [{"name": "x", "report": Report(entries[:2], 18, 8)}]})
+    assert "run-1-errors-" not in one
+    lines = report_plots.error_plot({"CP": {"a": 0.5, "b": 0.4}, "TT": {"b": 0.1}}, "p")
+    assert ">CP<" in lines and ">TT<" in lines and lines.count("-xtick_") >= 2
 
 
 def test_tables_alone_without_matplotlib(tmp_path, monkeypatch):
