@@ -140,7 +140,9 @@ def choose(
             path = work / f"choose_{lr:g}_{run.key}.ckpt"
             try:
                 last = compressed(run, network, dense, images, path, lr).history[-1].test
-            except RuntimeError as error:  # the loss is no longer finite
+            except RuntimeError as error:
+                if "the loss is" not in str(error):
+                    raise
                 last = None
                 print(error, flush=True)
             found.setdefault(f"{lr:g}", {})[method] = None if last is None else list(last)
