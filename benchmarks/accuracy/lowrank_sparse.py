@@ -122,6 +122,13 @@ def shown(network: Network) -> list[Run]:
     return [run for run in runs_of((middle,), ("tt",), (0,), ()) if run.mode != "masking"]
 
 
+def diverged(error: RuntimeError) -> str:
+    """What ``train`` says where the loss is no longer finite; another error is raised again."""
+    if "the loss is" not in str(error):
+        raise error
+    return str(error)
+
+
 def counts(accuracy: Accuracy) -> dict[str, int]:
     return {"correct": accuracy.correct, "total": accuracy.total}
 
@@ -141,10 +148,8 @@ def choose(
             try:
                 last = compressed(run, network, dense, images, path, lr).history[-1].test
             except RuntimeError as error:
-                if "the loss is" not in str(error):
-                    raise
                 last = None
-                print(error, flush=True)
+                print(diverged(error), flush=True)
             found.setdefault(f"{lr:g}", {})[method] = None if last is None else list(last)
             print(f"lr {lr:g}, {method}: {last} of training images held out", flush=True)
     return found
@@ -236,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     whole, _ = images_of(network, options.data)
     dense, whole, source = dense_network(network, whole, options.data, options.work, dense_options)
     images = images_of(network, options.data)[1].with_normalization(whole.mean, whole.std)
-    kept = {"rows": []} if results is None else results
+    kept = {"rows": [], "diverged": []} if results is None else results
     results = {
         "suite": EQUAL_SIZE,
         "network": network.name,
@@ -246,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": versions(),
         "isa": isa(),
         "config": config,
-        **{key: kept[key] for key in ("started", "dense", "rows") if key in kept},
+        **{key: kept[key] for key in ("started", "dense", "rows", "diverged") if key in kept},
     }
     choice = options.work / "choice.json"
     if options.choose:
@@ -258,18 +263,24 @@ def main(arguments: list[str] | None = None) -> int:
     if "dense" not in results:
         results["dense"] = {"source": source, **counts(evaluate(dense, whole, channels_last=True))}
         write_json(options.json, results)
-    done = {tuple(row[name] for name in Run.__dataclass_fields__) for row in results["rows"]}
+    written = [*results["rows"], *results["diverged"]]
+    done = {tuple(row[name] for name in Run.__dataclass_fields__) for row in written}
     for run in runs_of(network.sizes, options.formats, options.seeds, network.masked):
         if tuple(run.to_dict().values()) in done:
             continue
         if time.perf_counter() - began > options.limit:
             print("the time is over: started again, the run goes on", flush=True)
             return 0
-        row = row_of(run, network, dense, whole, images, options.work)
-        results["rows"].append(row)
+        try:
+            row = row_of(run, network, dense, whole, images, options.work)
+            results["rows"].append(row)
+            said = line(row)
+        except RuntimeError as error:
+            said = f"{run.key}: {diverged(error)}"
+            results["diverged"].append({**run.to_dict(), "error": diverged(error)})
         write_json(options.json, results)
         (options.work / f"{run.key}.ckpt").unlink(missing_ok=True)
-        print(line(row), flush=True)
+        print(said, flush=True)
     results["complete"] = True
     write_json(options.json, results)
     return 0

@@ -51,10 +51,13 @@ def equal_size_table(results: Mapping[str, Any]) -> Table:
     head = ["way", *(f"{size:g} stored: correct, %" for size in sizes)]
     head += [f"kB at {middle:g}, places of entries included", "held-out images by epoch, %"]
     body = []
-    for way, found in ways_of(rows).items():
+    lost = {(*way, row["storage"]) for way, given in ways_of(results["diverged"]).items() for row in given}
+    for way, found in ways_of([*rows, *results["diverged"]]).items():
+        found = [row for row in found if "test" in row]
         cells = [way_label(way)]
         for size in sizes:
-            cells.append(_cell([row for row in found if row["storage_asked"] == size], size))
+            there = [row for row in found if row["storage_asked"] == size]
+            cells.append("diverged" if (*way, size) in lost else _cell(there, size))
         there = [row for row in found if row["storage_asked"] == middle]
         cells.append(f"{there[0]['stored_bytes'] / 1e3:,.0f}" if there else "–")
         cells.append(_epochs(there[0]["history"]) if there else "–")

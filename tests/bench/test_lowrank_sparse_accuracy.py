@@ -231,6 +231,8 @@ def rows_of_seeds(whole):
 
 def test_table_of_equal_sizes(whole):
     results = rows_of_seeds(whole)
+    lost = {**{k: results["rows"][2][k] for k in ("method", "mode", "init", "seed")}, "format": "cp"}
+    results["diverged"] = [{**lost, "storage": 0.2, "error": "train: the loss is nan"}]
     head, body = equal_size_table(results)
     assert head[:3] == ["way", "0.5 stored: correct, %", "0.2 stored: correct, %"]
     assert all(len(cells) == len(head) for cells in body)
@@ -240,8 +242,10 @@ def test_table_of_equal_sizes(whole):
         "low-rank + sparse, TT, additive",
         "low-rank + sparse, TT, masking",
         "low rank alone, TT",
+        "low rank alone, CP",
         "low-rank + sparse, TT, additive, masking start",
     ]
+    assert found["low rank alone, CP"] == ["–", "diverged", "–", "–"]
     right = [row["test"]["correct"] for row in results["rows"]]
     assert found["sparse alone"][:2] == [f"{right[0] / 0.4:.2f}"] * 2
     # Of n and n - 10 of 40 the mean is 12.5 below n and the deviation 25 / sqrt(2).
@@ -256,6 +260,19 @@ def test_table_of_equal_sizes(whole):
     assert found["low-rank + sparse, TT, additive, masking start"][1] == "17.50"
     assert not any("not all rows" in line for line in equal_size_lines(results))
     assert "not all rows" in equal_size_lines({**results, "complete": False})[-1]
+
+
+def test_a_way_that_diverges_is_told_and_others_go_on(folder, tmp_path, driver):
+    path = tmp_path / "rows.json"
+    arguments = arguments_of(folder, path, "--epochs=1", "--formats=tt", "--lr=1e30")
+    assert driver.main(arguments) == 0
+    found = json.loads(path.read_text())
+    assert found["complete"] and found["rows"] == []
+    assert [(row["method"], row["format"], row["mode"]) for row in found["diverged"]] == WAYS
+    assert all("the loss is" in row["error"] for row in found["diverged"])
+    assert driver.main(arguments) == 0 and json.loads(path.read_text())["diverged"] == found["diverged"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        driver.diverged(RuntimeError("out of memory"))
 
 
 def test_page_of_figures(whole, tmp_path):
