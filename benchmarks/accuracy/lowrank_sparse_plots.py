@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorcomp_ext.bench.equal_size_summary import EQUAL_SIZE, mean_and_spread, way_label, ways_of
+from tensorcomp_ext.bench.equal_size_summary import EQUAL_SIZE, Way, mean_and_spread, way_label, ways_of
 from tensorcomp_ext.cli.plots import COMPRESSED, DENSE, STYLE, THIRD, available, svg
 from tensorcomp_ext.cli.report_plots import error_plot, histogram_plot
 
@@ -46,41 +46,49 @@ figcaption {{ font-size: 0.875rem; opacity: 0.75; }}
 
 
 def size_plot(results: Mapping[str, Any], prefix: str) -> str:
-    """Test accuracy against the stored share of the weights, a line a way; bars are over the seeds."""
+    """Test accuracy against the stored share of the weights, a line a way; bars are over the seeds.
+
+    The ways with a sparse part once more, which beside decompositions alone are hardly apart.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
+    dense = 100 * results["dense"]["correct"] / results["dense"]["total"]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        dense = results["dense"]
-        axes.axhline(100 * dense["correct"] / dense["total"], color=DENSE, linewidth=0.8, label="dense")
-        for way, rows in ways_of(results["rows"]).items():
-            method, name, mode, init = way
-            if init == "masking":
-                continue
-            points = []
-            for storage in sorted({row["storage_asked"] for row in rows}):
-                same = [row for row in rows if row["storage_asked"] == storage]
-                share = sum(row["stored"] / row["weights"] for row in same) / len(same)
-                points.append((100 * share, *mean_and_spread(same)))
-            x, y, spread = zip(*points, strict=True)
-            line = "-" if method == "sparse" else _LINES[mode]
-            axes.errorbar(
-                x,
-                y,
-                [0.0 if value is None else value for value in spread],
-                fmt=_MARKS[name] + line,
-                color=_COLOURS[name],
-                linewidth=2.0 if method == "sparse" else 1.0,
-                markersize=4,
-                capsize=2,
-                label=way_label(way),
-            )
-        axes.set_xlabel("stored share of the weights, %")
-        axes.set_title("test accuracy, %")
-        axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        panels = figure.subplots(1, 2)
+        for axes, methods in zip(panels, (("lowrank",), ()), strict=True):
+            axes.axhline(dense, color=DENSE, linewidth=0.8, label="dense")
+            for way, rows in ways_of(results["rows"]).items():
+                if way[3] != "masking" and way[0] in ("sparse", "lowrank-sparse", *methods):
+                    _line_of(axes, way, rows)
+            axes.set_xlabel("stored share of the weights, %")
+        panels[0].set_title("test accuracy, %")
+        panels[1].set_title("with a sparse part")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
         return svg(figure, prefix)
+
+
+def _line_of(axes: Any, way: Way, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One way in all its sizes."""
+    method, name, mode, _ = way
+    points = []
+    for storage in sorted({row["storage_asked"] for row in rows}):
+        same = [row for row in rows if row["storage_asked"] == storage]
+        share = sum(row["stored"] / row["weights"] for row in same) / len(same)
+        points.append((100 * share, *mean_and_spread(same)))
+    x, y, spread = zip(*points, strict=True)
+    axes.errorbar(
+        x,
+        y,
+        [0.0 if value is None else value for value in spread],
+        fmt=_MARKS[name] + ("-" if method == "sparse" else _LINES[mode]),
+        color=_COLOURS[name],
+        linewidth=2.0 if method == "sparse" else 1.0,
+        markersize=4,
+        capsize=2,
+        label=way_label(way),
+    )
 
 
 def start_plot(results: Mapping[str, Any], prefix: str) -> str | None:
@@ -110,7 +118,8 @@ def start_plot(results: Mapping[str, Any], prefix: str) -> str | None:
                     axes.plot(places, values, mark, color=_COLOURS[name], markersize=4, label=label)
             axes.set_title(f"{shown}: correct of those held out, %")
             axes.set_xlabel("epoch")
-        panels[0].legend(fontsize=7)
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7)
         return svg(figure, prefix)
 
 
