@@ -70,4 +70,41 @@ inline void check_sparse_weight(const char* op, const Tensor& a, const Tensor& b
   check_device(op, "mask", mask, "a", a);
 }
 
+// Of a packed matrix [m, n] whose values may be of any dtype; the numbers in it are not looked at.
+inline void check_sparse_places(const char* op, int64_t m, int64_t n, const Tensor& values, const Tensor& offsets,
+                                const Tensor& positions) {
+  constexpr int64_t kColumns = 65536;  // of a segment
+  const int64_t segments = n > kColumns ? (n + kColumns - 1) / kColumns : 1;
+  const bool bits = positions.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(bits || positions.scalar_type() == ScalarType::Short, op, ": positions must be uint8 or int16, got ",
+                  dtype_of_tensor(positions));
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int, op, ": offsets must be int32, got ",
+                  dtype_of_tensor(offsets));
+  STD_TORCH_CHECK(values.dim() == 1, op, ": values must be [nnz], got ", sizes_of(values));
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == m * segments + 1, op,
+                  ": offsets must be [m * segments + 1] = [", m * segments + 1, "] with segments = ", segments,
+                  ", got ", sizes_of(offsets));
+  if (bits) {
+    STD_TORCH_CHECK(positions.dim() == 2 && positions.size(0) == m && positions.size(1) == (n + 7) / 8, op,
+                    ": positions of dtype uint8 must be [m, ceil(n / 8)] = [", m, ", ", (n + 7) / 8, "], got ",
+                    sizes_of(positions));
+  } else {
+    STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == values.size(0), op,
+                    ": positions of dtype int16 must be [nnz] = [", values.size(0), "], got ", sizes_of(positions));
+  }
+  check_device(op, "offsets", offsets, "values", values);
+  check_device(op, "positions", positions, "values", values);
+}
+
+// The weights of a layer a b + sparse.
+inline void check_sparse_layer(const char* op, const Tensor& a, const Tensor& b, const Tensor& values,
+                               const Tensor& offsets, const Tensor& positions) {
+  STD_TORCH_CHECK(a.dim() == 2 && a.size(1) > 0, op, ": a must be [m, r] with r >= 1, got ", sizes_of(a));
+  STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == a.size(1), op, ": b must be [r, n] with r = ", a.size(1), ", got ",
+                  sizes_of(b));
+  check_like(op, "b", b, "a", a);
+  check_like(op, "values", values, "a", a);
+  check_sparse_places(op, a.size(0), b.size(1), values, offsets, positions);
+}
+
 }  // namespace tensorcomp::ops

@@ -5,6 +5,8 @@
 
 #include <stdexcept>
 
+#include "arguments.h"
+
 namespace tensorcomp::ops {
 
 bool sparse_linear_fits(const Tensor& a, const Tensor& b) {
@@ -32,28 +34,16 @@ std::string words_for(SparseFault fault, const SparseMatrix& s) {
 
 SparseParts checked_places(const char* name, int64_t m, int64_t n, const Tensor& values, const Tensor& offsets,
                            const Tensor& positions) {
-  const bool bits = positions.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(bits || positions.scalar_type() == ScalarType::Short, name, ": positions must be uint8 or int16");
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int, name, ": offsets must be int32");
-  STD_TORCH_CHECK(values.dim() == 1, name, ": values must be [nnz], got ", sizes_of(values));
-  for (const Tensor* t : {&values, &offsets, &positions}) {
-    STD_TORCH_CHECK(t->is_cpu(), name, ": every tensor must lie on the CPU");
-  }
+  check_sparse_places(name, m, n, values, offsets, positions);
+  STD_TORCH_CHECK(values.is_cpu(), name, ": every tensor must lie on the CPU, got values on ", device_name(values));
   SparseParts made{{}, dense(values), dense(offsets), dense(positions)};
   SparseMatrix& s = made.matrix;
   s.m = m;
   s.n = n;
   s.count = values.size(0);
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == s.m * s.segments() + 1, name,
-                  ": offsets must be [m * segments + 1] = [", s.m * s.segments() + 1, "], got ", sizes_of(offsets));
-  if (bits) {
-    STD_TORCH_CHECK(positions.dim() == 2 && positions.size(0) == s.m && positions.size(1) == s.bit_row(), name,
-                    ": positions of dtype uint8 must be [m, ceil(n / 8)] = [", s.m, ", ", s.bit_row(), "], got ",
-                    sizes_of(positions));
+  if (positions.scalar_type() == ScalarType::Byte) {
     s.bits = static_cast<const uint8_t*>(made.positions.const_data_ptr());
   } else {
-    STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == s.count, name,
-                    ": positions of dtype int16 must be [nnz] = [", s.count, "], got ", sizes_of(positions));
     s.columns = static_cast<const uint16_t*>(made.positions.const_data_ptr());
   }
   s.values = made.values.const_data_ptr();
@@ -65,10 +55,7 @@ SparseParts checked_places(const char* name, int64_t m, int64_t n, const Tensor&
 
 SparseParts checked_sparse(const char* name, const Tensor& a, const Tensor& b, const Tensor& values,
                            const Tensor& offsets, const Tensor& positions) {
-  check_factors(name, a, b);
-  STD_TORCH_CHECK(a.is_cpu() && b.is_cpu(), name, ": every tensor must lie on the CPU");
-  STD_TORCH_CHECK(values.scalar_type() == a.scalar_type() && b.scalar_type() == a.scalar_type(), name,
-                  ": values must have the dtype of the factors");
+  check_sparse_layer(name, a, b, values, offsets, positions);
   return checked_places(name, a.size(0), b.size(1), values, offsets, positions);
 }
 
@@ -106,7 +93,8 @@ Tensor lowrank_sparse_linear(const Tensor& x, const Tensor& a, const Tensor& b, 
                              std::optional<Tensor> bias, const Tensor& offsets, const Tensor& positions) {
   if (!sparse_linear_fits(a, b)) {
     // An error of the oracle would lose its type and words on the way through here.
-    if (a.dim() == 2 && b.dim() == 2) checked_places(kName, a.size(0), b.size(1), values, offsets, positions);
+    checked_sparse(kName, a, b, values, offsets, positions);
+    check_like(kName, "x", x, "a", a);
     using torch::stable::detail::from;
     std::array<StableIValue, 7> stack{from(x),    from(a),       from(b),        from(values),
                                       from(bias), from(offsets), from(positions)};
@@ -115,8 +103,7 @@ Tensor lowrank_sparse_linear(const Tensor& x, const Tensor& a, const Tensor& b, 
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const SparseParts parts = checked_sparse(kName, a, b, values, offsets, positions);
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == a.scalar_type(), kName,
-                  ": x must lie on the CPU and have the dtype of the factors");
+  check_like(kName, "x", x, "a", a);
   const std::vector<int64_t> numbers = pair_numbers(b.size(1), a.size(1), a.size(0));
   const ChainProgram& program = known_chain(kName, numbers.data(), static_cast<int64_t>(numbers.size())).program;
   std::vector<Tensor> held;

@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "arguments.h"
 #include "lowrank_sparse_linear.h"
 #include "phases.h"
 
@@ -35,8 +36,10 @@ Tensor in_rows(const Tensor& t, int64_t* rows, int64_t* distance) {
 Gradients lowrank_sparse_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& b,
                                          const Tensor& values, const Tensor& offsets, const Tensor& positions,
                                          int64_t mask) {
+  check_like(kName, "x", x, "a", a);
+  check_like(kName, "grad", grad, "a", a);
   if (!sparse_linear_fits(a, b)) {
-    if (a.dim() == 2 && b.dim() == 2) checked_places(kName, a.size(0), b.size(1), values, offsets, positions);
+    checked_sparse(kName, a, b, values, offsets, positions);
     return call_reference(grad, x, a, b, values, offsets, positions, mask);
   }
   const SparseParts sparse = checked_sparse(kName, a, b, values, offsets, positions);

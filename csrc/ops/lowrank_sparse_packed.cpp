@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../kernels/sparse_panels.h"
+#include "arguments.h"
 #include "lowrank_sparse_linear.h"
 #include "packed_header.h"
 
@@ -68,8 +69,9 @@ void put(const std::vector<T>& from, void* to) {
 
 Tensor lowrank_sparse_linear_pack(const Tensor& a, const Tensor& b, const Tensor& values, const Tensor& offsets,
                                   const Tensor& positions) {
-  STD_TORCH_CHECK(sparse_linear_fits(a, b), kMaker, ": a and b must be float32 or bfloat16 and not empty");
   const SparseParts parts = checked_sparse(kMaker, a, b, values, offsets, positions);
+  STD_TORCH_CHECK(sparse_linear_fits(a, b), kMaker, ": a and b must be float32 or bfloat16 and not empty, got ",
+                  dtype_of_tensor(a), " with ", sizes_of(a), " and ", sizes_of(b));
   const MadePanels made = make_panels(parts.matrix);
   SparsePanels p;
   p.dtype = kernel_dtype(a);
@@ -133,7 +135,8 @@ Tensor lowrank_sparse_linear_packed(const Tensor& x, const Tensor& packed, std::
   constexpr const char* kMadeForOthers = "the weight was packed for other sizes, another dtype or instruction set";
   STD_TORCH_CHECK(sizes.size() == 3 && sizes[0] > 0 && sizes[1] > 0 && sizes[2] > 0, kName,
                   ": sizes must hold m, r and n");
-  STD_TORCH_CHECK(x.is_cpu() && has_native_dtype(x), kName, ": x must be float32 or bfloat16 on the CPU");
+  STD_TORCH_CHECK(x.is_cpu() && has_native_dtype(x), kName, ": x must be float32 or bfloat16 on the CPU, got ",
+                  dtype_of_tensor(x), " on ", device_name(x));
   const DType dtype = kernel_dtype(x);
   // What the header tells is believed only as far as it leads nowhere out of the tensor.
   const auto* front = static_cast<const char*>(front_of(kName, packed, sizeof(Header), kMaker));

@@ -186,6 +186,32 @@ def embedding_support(indices: Tensor, cores: Sequence[Tensor]) -> Support:
     return loaded
 
 
+MOST_SPARSE_ROWS = 32
+
+
+def sparse_support(x: Tensor, columns: int, rank: int, rows: int) -> Support:
+    """Whether the CUDA kernels take ``rows`` rows through a packed matrix and factors of a rank.
+
+    Args:
+        x: a tensor of the call's dtype and device.
+        columns: of the matrix.
+    """
+    loaded = support(x.dtype, x.device)
+    if not loaded.ok or _is_compiling():
+        return loaded  # in a compiled graph the op itself decides by sizes
+    if rows > MOST_SPARSE_ROWS:
+        return Support(
+            False,
+            f"the native CUDA kernel is for up to {MOST_SPARSE_ROWS} rows, not {rows}: with more of them the "
+            "dense weight takes less time",
+        )
+    if 4 * (columns + rank) > _shared_bytes(x.device):
+        return Support(
+            False, f"{columns} columns and rank {rank} do not fit the shared memory of this device"
+        )
+    return loaded
+
+
 @lru_cache(maxsize=64)
 def _shared_bytes(device: torch.device) -> int:
     """Shared memory a block can have; that of the largest where there is no device to ask (fake tensors)."""

@@ -1,10 +1,12 @@
 """Linear layer whose weight is a low-rank matrix plus a sparse one that lies packed.
 
-Whatever native code cannot take goes to the oracle; :func:`native_support` says why.
+``csrc/ops`` serves CPU float32 and bfloat16, ``csrc/ops/cuda`` CUDA float32, float16 and bfloat16 for few
+rows; whatever they cannot take goes to the oracle, and :func:`native_support` says why.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -31,6 +33,7 @@ from ._transforms import transformed
 from .lowrank_sparse_packing import PackedSparse, check_packed, check_parts, check_places
 
 __all__ = [
+    "bind_lowrank_sparse",
     "bind_packed_lowrank_sparse",
     "lowrank_sparse_linear",
     "lowrank_sparse_sizes",
@@ -45,16 +48,26 @@ _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
 
 
-def native_support(x: Tensor, a: Tensor, b: Tensor) -> Support:
-    """Whether a native kernel takes this problem, and the reason when it does not."""
-    device = x.device.type
-    if device != "cpu":
-        return Support(False, f"there is no native {_NAME} for device {device!r}")
-    loaded = _native.status()
-    if loaded.ok and not _BUILT:
-        return Support(False, f"the native CPU library has no {_NAME}")
-    if loaded.ok and x.dtype not in _CPU_DTYPES:
-        return Support(False, f"the native CPU kernels take float32 and bfloat16, not {x.dtype}")
+def native_support(x: Tensor, a: Tensor, b: Tensor, rows: int | None = None) -> Support:
+    """Whether a native kernel takes this problem, and the reason when it does not.
+
+    Args:
+        rows: rows of x, where x stands for a batch of another size.
+    """
+    if x.is_cuda:
+        # In a compiled graph the number of rows may be a symbol, and is not asked for.
+        count = 0 if _is_compiling() else math.prod(x.shape[:-1]) if rows is None else rows
+        loaded = _cuda.sparse_support(x, b.shape[1], b.shape[0], count)
+        if loaded.ok and _is_compiling():
+            return loaded
+    elif not x.is_cpu:
+        return Support(False, f"there is no native {_NAME} for device {x.device.type!r}")
+    else:
+        loaded = _native.status()
+        if loaded.ok and not _BUILT:
+            return Support(False, f"the native CPU library has no {_NAME}")
+        if loaded.ok and x.dtype not in _CPU_DTYPES:
+            return Support(False, f"the native CPU kernels take float32 and bfloat16, not {x.dtype}")
     if loaded.ok and 0 in (a.shape[0], b.shape[1]):
         return Support(False, "there are no features to multiply")
     return loaded
@@ -73,7 +86,8 @@ def lowrank_sparse_linear(
 
     ``y = (x Bᵀ) Aᵀ + x Sᵀ + bias``. A weight in mode "masking" goes here with the values ``S - A B`` at the
     places that are kept. Gradients reach x, a, b, ``packed.values`` and the bias. Inside ``torch.func``
-    transforms and forward-mode differentiation the reference computes, from torch operations.
+    transforms and forward-mode differentiation the reference computes, from torch operations. On CUDA the
+    kernels serve up to 32 rows; with more the reference makes the weight dense, as a layer's plans do better.
 
     Args:
         x: input ``[..., n]``, any strides.
@@ -90,8 +104,9 @@ def lowrank_sparse_linear(
     entry in their column: the kernels multiply some of x by the zeros that fill up their panels.
 
     Raises:
-        ValueError: sizes, devices or options that do not fit, a packed matrix that is not sound;
-            ``backend="native"`` where it cannot serve (with the reason).
+        ValueError: sizes, devices or options that do not fit, a packed matrix that is not sound (where the
+            CUDA kernels find that, an assertion of the device instead); ``backend="native"`` where it
+            cannot serve (with the reason).
         TypeError: an argument that is no tensor, or dtypes that differ.
 
     Source: Hawkins et al. 2021 (low-rank + sparse tensor compression).
@@ -173,6 +188,8 @@ def check_input(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
 def pack_lowrank_sparse(a: Tensor, b: Tensor, packed: PackedSparse) -> Tensor:
     """Copy the weight once into the order the native kernel reads; for :func:`bind_packed_lowrank_sparse`.
 
+    On the CPU alone: the CUDA kernels read a weight as it is (:func:`bind_lowrank_sparse`).
+
     Returns an opaque one-dimensional tensor, valid for the instruction set in use now.
 
     Raises:
@@ -201,6 +218,20 @@ def bind_packed_lowrank_sparse(
     def call(x: Tensor, bias: Tensor | None) -> Tensor:
         with below_autograd():
             return op(x, packed, bias, fixed)
+
+    return call
+
+
+def bind_lowrank_sparse(
+    a: Tensor, b: Tensor, values: Tensor, offsets: Tensor, positions: Tensor
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The op of a weight as it is, as a function of x and bias, for calls that no transform sees."""
+    op: Callable[..., Tensor] = _OPS.lowrank_sparse_linear.default
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    def call(x: Tensor, bias: Tensor | None) -> Tensor:
+        with below_autograd():
+            return op(x, a, b, values, bias, offsets, positions)
 
     return call
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..formats import PackedSum
 from ..ops import Support, lowrank_sparse_linear
 from ..ops.lowrank_sparse_linear import (
+    bind_lowrank_sparse,
     bind_packed_lowrank_sparse,
     lowrank_sparse_sizes,
     native_support,
@@ -42,7 +43,8 @@ class FusedSparse(Plan):
         a, b = _pair(layer)
         # An empty batch carries device, dtype and sizes without memory.
         probe = b.new_empty((0, b.shape[1]), dtype=case.torch_dtype)
-        return native_support(probe, a, b)
+        rows = layer.geometry.positions(layer.geometry.output_shape(case.shape, layer.weight.shape))
+        return native_support(probe, a, b, rows)
 
     def stages(self, layer: PlannedLayer, case: Case) -> list[Stage]:
         form, geometry = _form(layer), layer.geometry
@@ -71,10 +73,16 @@ class FusedSparse(Plan):
 
         def make() -> tuple[Tensor, ...]:
             low = sparse._replace(values=sparse.values.detach().to(dtype))
-            return (pack_lowrank_sparse(a.to(dtype), b.to(dtype), low),)
+            factors = a.detach().to(dtype), b.detach().to(dtype)
+            # The CUDA kernels read the parts as they are.
+            return (*factors, *low[:3]) if b.is_cuda else (pack_lowrank_sparse(*factors, low),)
 
-        (packed,) = layer.prepared("fused", dtype, make)
-        call = bind_packed_lowrank_sparse(packed, lowrank_sparse_sizes(a, b))
+        parts = layer.prepared("fused", dtype, make)
+        call = (
+            bind_lowrank_sparse(*parts)
+            if b.is_cuda
+            else bind_packed_lowrank_sparse(parts[0], lowrank_sparse_sizes(a, b))
+        )
         if not layer.geometry.spatial:
             return call
         return lambda x, bias: call(x.movedim(1, -1), bias).movedim(-1, 1)

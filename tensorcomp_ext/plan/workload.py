@@ -14,7 +14,12 @@ from torch.nn import functional as F
 
 from ..ops.chain import Program, Step, bind_packed_chain, pack_chain
 from ..ops.chain import native_support as chain_support
-from ..ops.lowrank_sparse_linear import bind_packed_lowrank_sparse, lowrank_sparse_sizes, pack_lowrank_sparse
+from ..ops.lowrank_sparse_linear import (
+    bind_lowrank_sparse,
+    bind_packed_lowrank_sparse,
+    lowrank_sparse_sizes,
+    pack_lowrank_sparse,
+)
 from ..ops.lowrank_sparse_linear import native_support as sparse_support
 from ..ops.lowrank_sparse_packing import pack_sparse
 from ..ops.tucker2_conv import (
@@ -125,7 +130,10 @@ def _sparse_calls(options: dict[str, Any], width: int, rows: int = 16) -> Work:
     place = torch.arange(wide, device=options["device"])
     kept = (7 * place[:, None] + 13 * place) % 10 == 0
     sparse = pack_sparse(torch.ones(wide, wide, **options), kept)
-    call = bind_packed_lowrank_sparse(pack_lowrank_sparse(a, b, sparse), lowrank_sparse_sizes(a, b))
+    if x.is_cuda:
+        call = bind_lowrank_sparse(a, b, *sparse[:3])
+    else:
+        call = bind_packed_lowrank_sparse(pack_lowrank_sparse(a, b, sparse), lowrank_sparse_sizes(a, b))
     return {"sparse": (rows * sparse.values.shape[0], partial(call, x, None))}
 
 
@@ -184,7 +192,8 @@ def _batch_calls(options: dict[str, Any], width: int, entries: int = 1 << 23) ->
         sizes = two_factor_sizes(outward, inward, tf32)
         pair = partial(bind_packed_pair(pack_two_factor(outward, inward), sizes), wide_rows, None)
         calls["pair"] = (pixels * 2 * outer.numel(), pair)
-    return _product_calls(options, width, max(1, entries // (8 * width))) | calls
+    products = _product_calls(options, width, max(1, entries // (8 * width)))
+    return products | calls | _sparse_calls(options, width)
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ OPS = (
     "ttm_embedding_backward",
     "lowrank_sparse_weight",
     "lowrank_sparse_weight_backward",
+    "lowrank_sparse_linear",
+    "lowrank_sparse_linear_backward",
 )
 WITH_REFERENCE = tuple(op for op in OPS if not op.endswith(("pack", "packed", "tail")))
 """Ops that go to a reference where the kernels cannot serve; the others raise."""

@@ -1,4 +1,4 @@
-"""What the low-rank + sparse weight hands to its CUDA op, seen through fake tensors: no device is needed."""
+"""What low-rank + sparse weights and layers hand to their CUDA ops, seen through fake tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tensorcomp_ext import _native
 from tensorcomp_ext.ops import lowrank_sparse_weight
+from tensorcomp_ext.ops._cuda import MOST_SPARSE_ROWS
 from tensorcomp_ext.ops._lowrank_sparse_weight_autograd import native_weight
+from tensorcomp_ext.ops.lowrank_sparse_linear import native_support as linear_support
 from tensorcomp_ext.ops.lowrank_sparse_weight import native_support
 
 
@@ -70,3 +72,23 @@ def test_native_support_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -
         assert native_support(empty, b).reason == "the weight is empty"
     meta = torch.empty(3, 2, device="meta")
     assert native_support(meta, meta).reason == "there is no native lowrank_sparse_weight for device 'meta'"
+
+
+@pytest.mark.usefixtures("library")
+def test_which_layers_the_kernels_take() -> None:
+    with FakeTensorMode():
+        x = torch.empty(4, 8, 100, device="cuda")
+        a, b = torch.empty(50, 6, device="cuda"), torch.empty(6, 100, device="cuda")
+        assert linear_support(x, a, b).ok
+        assert linear_support(x, a, b, MOST_SPARSE_ROWS).ok
+        refused = linear_support(x, a, b, 33)
+        assert (
+            not refused.ok and "is for up to 32 rows, not 33: with more of them the dense" in refused.reason
+        )
+        assert linear_support(torch.empty(3, 11, 100, device="cuda"), a, b) == refused
+        wide = torch.empty(6, 100_000, device="cuda")
+        refused = linear_support(torch.empty(1, 100_000, device="cuda"), a, wide)
+        assert not refused.ok and "100000 columns and rank 6 do not fit" in refused.reason
+        assert "not torch.float64" in linear_support(x.double(), a.double(), b.double()).reason
+        none = torch.empty(0, 6, device="cuda")
+        assert linear_support(x, none, b).reason == "there are no features to multiply"

@@ -15,6 +15,7 @@ from tucker2_problems import FORWARD_TOLERANCE, relative
 
 from tensorcomp_ext.ops import PackedSparse, lowrank_sparse_linear, pack_sparse
 from tensorcomp_ext.ops.lowrank_sparse_linear import (
+    bind_lowrank_sparse,
     bind_packed_lowrank_sparse,
     lowrank_sparse_sizes,
     pack_lowrank_sparse,
@@ -39,6 +40,14 @@ def test_matches_reference(case: LinearCase, layout: str, dtype: torch.dtype, is
     y = bound(arguments)(x, bias)
     assert y.dtype == dtype and y.is_contiguous()
     assert relative(y, dense_linear(*arguments)) <= 2 * FORWARD_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_a_weight_bound_as_it_is(case: LinearCase) -> None:
+    """As on CUDA, whose kernels read the parts where they are."""
+    x, a, b, packed, bias = case.make()
+    y = bind_lowrank_sparse(a, b, *packed[:3])(x, bias)
+    assert torch.equal(y, lowrank_sparse_linear(x, a, b, packed, bias))
 
 
 @pytest.mark.parametrize("kept", [0.005, 0.1, 0.4])

@@ -47,6 +47,25 @@ TC_DEVICE char* shared_memory() {
 TC_DEVICE void sync_block() { __syncthreads(); }
 TC_DEVICE void sync_warp() { __syncwarp(); }
 
+// Of all 32 threads of a warp, always in the same order; every thread gets the sum.
+TC_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+// Of the threads up to this one.
+TC_DEVICE int32_t warp_prefix(int32_t value) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t before = __shfl_up_sync(0xffffffffu, value, step);
+    if (static_cast<int>(threadIdx.x) % 32 >= step) value += before;
+  }
+  return value;
+}
+TC_DEVICE int32_t warp_last(int32_t value) { return __shfl_sync(0xffffffffu, value, 31); }
+TC_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+TC_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
 // 16 (or 4, or 8) bytes from global to shared memory, of which the first `bytes` are read and the rest are zero. Both
 // addresses are multiples of the width.
 template <int kWidth = 16>

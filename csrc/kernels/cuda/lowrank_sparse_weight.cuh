@@ -3,10 +3,10 @@
 // values and mask; the sum takes the values' place and leaves in whole lines. Source: Hawkins et al. 2021.
 //
 // Traffic: m n (2 elements and the mask's bit or byte) from and to memory, to which a tile adds rank (128 + columns)
-// elements of the factors, from the L2 cache: at 4096 x 4096 bfloat16 69 MB, and at rank 204 another 107. Shared memory:
-// three chunks of 18.5 KB, values 34 KB, mask 2 KB as bits and 16 KB as bytes, so 92 and 106 KB; 81 and 88 in 32 bits.
-// Registers: 64 accumulators a thread (32 in 32 bits), and at most 128 in all. So two blocks share a multiprocessor of
-// Hopper, one waiting for memory while the other multiplies.
+// elements of the factors, from the L2 cache: at 4096 x 4096 bfloat16 69 MB, and at rank 204 another 107. Shared
+// memory: three chunks of 18.5 KB, values 34 KB, mask 2 KB as bits and 16 KB as bytes, so 92 and 106 KB; 81 and 88 in
+// 32 bits. Registers: 64 accumulators a thread (32 in 32 bits), and at most 128 in all. So two blocks share a
+// multiprocessor of Hopper, one waiting for memory while the other multiplies.
 //
 // By operations 4.8 TB/s allow a rank of 250 or so in 16 bits and TF32, at what mma instructions give (some 600 and 300
 // TFLOP/s), and 85 in float32, whose products are three: beyond it the products take longer than the memory does. All

@@ -332,4 +332,25 @@ void mma_tf32(void* const* arguments) {
   multiply<8>(arguments, [](uint32_t word, int) { return bits_to_float(word & ~0x1fffu); });
 }
 
+void warp_sum(void* const* arguments) {
+  float sums[kWarp], next[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) sums[lane] = *static_cast<float*>(arguments[lane]);
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    for (int lane = 0; lane < kWarp; ++lane) next[lane] = sums[lane] + sums[lane ^ step];
+    std::memcpy(sums, next, sizeof sums);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) *static_cast<float*>(arguments[lane]) = sums[lane];
+}
+void warp_prefix(void* const* arguments) {
+  int32_t sum = 0;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    auto& value = *static_cast<int32_t*>(arguments[lane]);
+    value = sum += value;
+  }
+}
+void warp_last(void* const* arguments) {
+  const int32_t last = *static_cast<int32_t*>(arguments[kWarp - 1]);
+  for (int lane = 0; lane < kWarp; ++lane) *static_cast<int32_t*>(arguments[lane]) = last;
+}
+
 }  // namespace tensorcomp::cuda::emulation

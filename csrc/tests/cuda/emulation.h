@@ -63,6 +63,10 @@ void load_matrices_transposed(void* const* arguments);
 void mma_bfloat16(void* const* arguments);
 void mma_float16(void* const* arguments);
 void mma_tf32(void* const* arguments);
+// Arguments are the threads' values, in place of which they get the results.
+void warp_sum(void* const* arguments);
+void warp_prefix(void* const* arguments);
+void warp_last(void* const* arguments);
 
 }  // namespace emulation
 
@@ -76,6 +80,20 @@ inline void sync_block() { emulation::meet_block(); }
 inline void sync_warp() {
   emulation::meet_warp(0, nullptr, [](void* const*) {});
 }
+inline float warp_sum(float value) {
+  emulation::meet_warp(6, &value, emulation::warp_sum);
+  return value;
+}
+inline int32_t warp_prefix(int32_t value) {
+  emulation::meet_warp(7, &value, emulation::warp_prefix);
+  return value;
+}
+inline int32_t warp_last(int32_t value) {
+  emulation::meet_warp(8, &value, emulation::warp_last);
+  return value;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
 inline void device_assert(bool holds, const char*) {
   if (!holds) emulation::fail_assertion();
 }
