@@ -13,18 +13,20 @@
 # Environment:
 #   PYTHON        the interpreter (python3)
 #   GPU_SECONDS   time for everything together (530)
-#   GPU_STEPS     steps to run, all by default: build tests tucker2 pair chain embedding network compiled compilers
-#                 memcheck racecheck large
+#   GPU_STEPS     steps to run, all by default: build tests tucker2 pair chain embedding lowrank_sparse network compiled
+#                 compilers memcheck racecheck large
 #   GPU_DTYPES    dtypes of the suites (bfloat16,tf32); also float16, float32. Suite embedding, which has no products
 #                 that TF32 could round, takes float32 for tf32
 #   GPU_LAYOUTS   layouts of suite tucker2 (nhwc); also nchw
-#   GPU_SUITE_SECONDS   time of each suite (tucker2 75, pair 30, chain 35, embedding 20, network 40, compiled 40)
+#   GPU_SUITE_SECONDS   time of each suite (tucker2 65, pair 30, chain 30, embedding 20, lowrank_sparse 25, network 35,
+#                 compiled 35)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
 total=${GPU_SECONDS:-530}
-wanted=${GPU_STEPS:-build tests tucker2 pair chain embedding network compiled compilers memcheck racecheck large}
+wanted=${GPU_STEPS:-build tests tucker2 pair chain embedding lowrank_sparse network compiled compilers memcheck
+  racecheck large}
 dtypes=${GPU_DTYPES:-bfloat16,tf32}
 layouts=${GPU_LAYOUTS:-nhwc}
 out=${1:-gpu-results}
@@ -184,17 +186,18 @@ suite() {
   step "$name" "$limit" "$python" -m tensorcomp_ext.bench --suite "$kind" --device cuda \
     --json "$out/$name.json" --limit '{limit}' "$@"
 }
-suite tucker2 75 tucker2 --dtype "$dtypes" --layout "$layouts" --seconds 0.1
-suite chain 35 chain --dtype "$dtypes" --seconds 0.1
+suite tucker2 65 tucker2 --dtype "$dtypes" --layout "$layouts" --seconds 0.1
+suite chain 30 chain --dtype "$dtypes" --seconds 0.1
 suite embedding 20 embedding --dtype "${dtypes//tf32/float32}" --seconds 0.1
+suite lowrank_sparse 25 lowrank_sparse --dtype "$dtypes" --seconds 0.1
 suite pair 30 pair --dtype "$dtypes" --seconds 0.1
-suite network 40 network --dtype "$dtypes" --seconds 0.5
+suite network 35 network --dtype "$dtypes" --seconds 0.5
 
 # Against torch.compile: as many of the large bfloat16 channels-last inference rows as its time allows.
 inductor='import torch; print(torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device="cuda")).sum().item())'
 if asked compiled; then
   if timeout --kill-after=5 "$(($(room 30) > 0 ? $(room 30) : 1))" "$python" -c "$inductor" >"$out/inductor.log" 2>&1; then
-    suite compiled 40 tucker2 --compiled best --dtype bfloat16 --layout nhwc --direction forward --seconds 0.1
+    suite compiled 35 tucker2 --compiled best --dtype bfloat16 --layout nhwc --direction forward --seconds 0.1
   else
     note skipped compiled 0 "torch.compile does not work here: $(last_line "$out/inductor.log")"
   fi

@@ -32,6 +32,7 @@ from cuda_problems import (  # noqa: E402
     pair,
 )
 from embedding_problems import EmbeddingCase  # noqa: E402
+from lowrank_sparse_problems import LinearCase, WeightCase, dense_linear, dense_weight  # noqa: E402
 from tucker2_problems import relative  # noqa: E402
 
 from tensorcomp_ext import reference  # noqa: E402
@@ -66,8 +67,18 @@ EMBEDDINGS = {
     "embedding": EmbeddingCase(shape=(40,), padding=6),
     "embedding ring": EmbeddingCase((4, 3, 5), (3, 2, 5), (2, 3, 17), 4, (64,)),
 }
+WEIGHTS = {
+    "sparse weight": WeightCase(m=9, n=13, rank=17),
+    "sparse weight bits": WeightCase(m=133, n=280, rank=24, bits=True),
+    "sparse weight slice": WeightCase(m=20, n=67, rank=5, layout="slice"),
+}
+LINEARS = {
+    "sparse linear": LinearCase(rows=(3, 5), n=35, rank=9, m=40),
+    "sparse linear columns": LinearCase(rows=(7,), n=67, rank=3, m=21, positions="columns", layout="turned"),
+}
 
 FEW = ("tucker2", "tucker2 channels-last", "ring", "depthwise", "pair", "chain", "embedding")
+FEW += ("sparse weight bits", "sparse linear")
 FEW_MODES = ("bfloat16", "tf32")
 """Under a sanitizer a launch takes a hundred times as long: each op in the two kinds of kernel."""
 
@@ -164,6 +175,39 @@ def run_embedding(case: EmbeddingCase, mode: str, device: str) -> list[str]:
     return wrong
 
 
+def run_weight(case: WeightCase, mode: str, device: str) -> list[str]:
+    """The same of a low-rank + sparse weight, in both modes of its own."""
+    tensors, tf32, wrong = case.make(MODES[mode]), mode == "tf32", []
+    a, b, values, mask = (t.to(device) for t in tensors)
+    grad = torch.randn(case.m, case.n).to(tensors[0])
+    for kind in ("additive", "masking"):
+        exact = [t.double().requires_grad_() for t in tensors[:3]]
+        expected = dense_weight(*exact, tensors[3], kind)
+        wanted = torch.autograd.grad(expected, exact, grad.double())
+        w = OPS.lowrank_sparse_weight(a, b, values, mask, kind == "masking", tf32)
+        wrong += check(w, expected.detach(), FORWARD_TOLERANCE[mode], f"{kind} forward")
+        found = OPS.lowrank_sparse_weight_backward(grad.to(device), a, b, mask, kind == "masking", 7, tf32)
+        for name, gradient, right in zip("ABS", found, wanted, strict=True):
+            wrong += check(gradient, right, GRADIENT_TOLERANCE[mode], f"{kind} gradient of {name}")
+    return wrong
+
+
+def run_linear(case: LinearCase, mode: str, device: str) -> list[str]:
+    """The same of a packed low-rank + sparse layer."""
+    x, a, b, packed, bias = case.make(MODES[mode])
+    exact = [t.double().requires_grad_() for t in (x, a, b, packed.values, bias)]
+    expected = dense_linear(*exact[:3], packed._replace(values=exact[3]), exact[4])
+    grad = torch.randn(expected.shape).to(x)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    x, a, b, bias, *parts = (t.to(device) for t in (x, a, b, bias, *packed[:3]))
+    y = OPS.lowrank_sparse_linear(x, a, b, parts[0], bias, *parts[1:])
+    wrong = check(y, expected.detach(), 2 * FORWARD_TOLERANCE[mode], "forward")
+    found = OPS.lowrank_sparse_linear_backward(grad.to(device), x, a, b, *parts, 31)
+    for name, gradient, right in zip(("x", "a", "b", "values", "bias"), found, wanted, strict=True):
+        wrong += check(gradient, right, GRADIENT_TOLERANCE[mode], f"gradient of {name}")
+    return wrong
+
+
 def calls(mode: str, device: str) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     """Every case of a mode by name, as a function that gives its faults."""
     for name, problem in problems(mode):
@@ -172,6 +216,10 @@ def calls(mode: str, device: str) -> Iterator[tuple[str, Callable[[], list[str]]
         yield name, partial(run_chain, chain, mode, device)
     for name, embedding in EMBEDDINGS.items():
         yield name, partial(run_embedding, embedding, mode, device)
+    for name, weight in WEIGHTS.items():
+        yield name, partial(run_weight, weight, mode, device)
+    for name, linear in LINEARS.items():
+        yield name, partial(run_linear, linear, mode, device)
 
 
 def main(arguments: list[str] | None = None) -> int:

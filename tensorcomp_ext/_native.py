@@ -13,6 +13,12 @@ import torch
 _LIBRARY = Path(__file__).with_name("_ops.so")
 _CUDA_LIBRARY = Path(__file__).with_name("_ops_cuda.so")
 _OLDEST_TORCH = (2, 10)
+TRIED_DEVICES = ("cpu",)
+"""Types of device that the package's own kernels have run on in its tests.
+
+Elsewhere a layer runs such kernels where ``tune`` has compared their results with the library's, or where it
+is told to; ops that are called directly run them.
+"""
 _REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in the source tree"
 
 

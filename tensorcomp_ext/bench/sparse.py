@@ -16,7 +16,7 @@ from .devices import Device
 from .layers import default_way, tuned_way
 from .measure import FUSED, OP, measure_ways, offer, row_head
 from .roofline import Probe
-from .sparse_cases import SparseCase
+from .sparse_cases import LARGE, SparseCase
 from .sparse_library import ADDED, COMPILED, EAGER, library_ways
 from .sparse_problem import SparseProblem
 from .timing import Effort
@@ -92,11 +92,12 @@ def measure_sparse(
     Of a reconstructed weight also ``over_eager`` and ``over_compiled``, how many times as long as ours the
     best eager way and the compiled one take. The headline is the op there, what ``tune`` picked elsewhere.
     """
+    large = device.name != "cuda" or case.c_out * case.c_in >= LARGE
     problem = SparseProblem(case, training=direction == "backward", device=device.name)
     row = measure_ways(
         problem,
         lambda: our_ways(problem) + library_ways(problem, compiled),
-        row_head(case, direction, threads, device, large=True),
+        row_head(case, direction, threads, device, large=large),
         device=device,
         effort=effort,
         probe=probe,

@@ -102,8 +102,25 @@ _LINEAR = ((1024, 1024), (4096, 1024), (3072, 768))
 _ROWS = (1, 16, 128, 512)
 
 
+LARGE = 4096 * 4096
+"""Entries of a weight that fills a large GPU."""
+
+
 def sparse_cases(device: str) -> list[SparseCase]:
-    """Weights of common layers in both modes; linear layers at 90 % sparsity, then at 50 to 95 %."""
+    """Weights of common layers in both modes; linear layers at 90 % sparsity, then at 50 to 95 %.
+
+    On CUDA before them large ones: weights, at a rank for which memory alone counts too, and linear layers at
+    the numbers of rows that the kernel is for.
+    """
+    large: list[SparseCase] = []
+    if device == "cuda":
+        large = [_case(n, n, None, 0.9, mode) for n in (4096, 8192) for mode in MODES]
+        large += [_case(4096, 4096, None, 0.9, mode, 64) for mode in MODES]
+        large += [_case(4096, 4096, rows, 0.9) for rows in (1, 8, 32)]
+    return large + _common_cases()
+
+
+def _common_cases() -> list[SparseCase]:
     found = [_case(m, n, None, 0.9, mode) for m, n in _WEIGHTS for mode in MODES]
     found += [_case(m, n, rows, 0.9) for m, n in _LINEAR for rows in _ROWS]
     return found + [_case(1024, 1024, rows, s) for s in (0.5, 0.7, 0.8, 0.95) for rows in _ROWS]

@@ -21,6 +21,7 @@ from .pair import LARGE as LARGE_ROWS
 from .pair import expand_pairs, measure_pair, pair_cases, pair_from_dict, quick_pairs
 from .roofline import Probe
 from .sparse import measure_sparse
+from .sparse_cases import LARGE as LARGE_WEIGHT
 from .sparse_cases import quick_sparse, sparse_cases, sparse_from_dict
 from .timing import Effort
 from .tucker2_device import LARGE, large_cases, measure_device_row, pixels
@@ -129,7 +130,7 @@ SUITES: dict[str, Suite] = {
         sparse_from_dict,
         lambda cases, dtypes, layouts: expand_dtypes(cases, dtypes),
         measure_sparse,
-        lambda case: True,
+        lambda case: case.c_out * case.c_in >= LARGE_WEIGHT,
         "out,in,rank,rows,sparsity,mode,dtype (out and in required; without rows the weight alone)",
     ),
     "network": Suite(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..ops import lowrank_sparse_weight, pack_mask, pack_sparse, unpack_mask
+from ..ops import pack_mask, pack_sparse, unpack_mask
+from ..ops.lowrank_sparse_weight import tried_weight
 from ._sparse import LowRankOptions, SparseFormat, check_sparse
 from .base import Format, Rank, as_parameter, register_format
 from .forms import SparseSum
@@ -118,15 +119,13 @@ class LowRankSparse(SparseFormat):
         """W; cost :meth:`rebuild_macs`. What M hides of S is not looked at and has no gradient."""
         pair = self.factor_pair()
         if pair is not None:
-            found = lowrank_sparse_weight(pair.a, pair.b, self.sparse, self.mask, mode=self.mode)
+            found = tried_weight(pair.a, pair.b, self.sparse, self.mask, mode=self.mode)
             return found.reshape(self.shape)
         low, sparse = self.low_rank_dense(), self.sparse.reshape(self.shape)
         if low is None:
             m, n = self.matrix_shape
             nothing = (sparse.new_empty(m, 0), sparse.new_empty(0, n))
-            return lowrank_sparse_weight(*nothing, self.sparse, self.mask, mode="additive").reshape(
-                self.shape
-            )
+            return tried_weight(*nothing, self.sparse, self.mask, mode="additive").reshape(self.shape)
         if self.mode == "masking":
             return torch.where(self.kept, sparse, low)
         return low + torch.where(self.kept, sparse, 0)

@@ -20,7 +20,7 @@ from ._register import define, fallthrough_autograd, register_autograd, register
 from ._transforms import transformed
 from .lowrank_sparse_packing import check_mask
 
-__all__ = ["lowrank_sparse_weight", "native_support"]
+__all__ = ["lowrank_sparse_weight", "native_support", "tried_weight"]
 
 _NAME = "lowrank_sparse_weight"
 _MODES = ("additive", "masking")
@@ -97,9 +97,15 @@ def lowrank_sparse_weight(
             support = Support(False, "function transforms and forward-mode AD go to the reference")
         if backend == "native":
             raise ValueError(f"{_NAME}: backend='native' cannot serve: {support.reason}")
-    if _is_compiling():
+    if _is_compiling() and backend is None:
         return _OPS.lowrank_sparse_weight.default(a, b, values, mask, masking, matmul_tf32(a))
     return oracle(a, b, values, mask, masking).contiguous()
+
+
+def tried_weight(a: Tensor, b: Tensor, values: Tensor, mask: Tensor, *, mode: str) -> Tensor:
+    """As :func:`lowrank_sparse_weight`, for layers: by torch's operations where no kernel of ours has run."""
+    tried = a.device.type in _native.TRIED_DEVICES
+    return lowrank_sparse_weight(a, b, values, mask, mode=mode, backend=None if tried else "reference")
 
 
 def check_arguments(a: Tensor, b: Tensor, values: Tensor, mask: Tensor) -> None:

@@ -7,14 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .._native import TRIED_DEVICES
 from .base import get_plan
 
-TRIED_DEVICES = ("cpu",)
-"""Types of device that the package's own kernels have run on in its tests.
-
-Elsewhere a plan of such kernels is chosen where ``tune`` has compared its results with the library's, or
-where it is forced.
-"""
+__all__ = ["TRIED_DEVICES", "disagreements"]
 
 _LIBRARY = ("staged", "merged", "dense")
 """Plans of the library's kernels: those that round most like the package's own first."""

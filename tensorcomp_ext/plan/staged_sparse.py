@@ -8,7 +8,7 @@ from torch import Tensor, addmm, mm
 from torch.nn.functional import linear
 
 from ..formats import SparseSum, TwoFactor
-from ..ops import lowrank_sparse_weight
+from ..ops.lowrank_sparse_weight import tried_weight
 from .base import Plan, Stage
 from .case import Case
 from .geometry import Bound, LinearGeometry
@@ -64,7 +64,7 @@ def _pruned(form: SparseSum) -> Tensor:
     """What the mask keeps of S, zero elsewhere."""
     values, (m, n) = form.values, form.values.shape
     nothing = (values.new_empty(m, 0), values.new_empty(0, n))
-    return lowrank_sparse_weight(*nothing, values, form.mask, mode="additive")
+    return tried_weight(*nothing, values, form.mask, mode="additive")
 
 
 def _product(x: Tensor, a: Tensor, b: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:

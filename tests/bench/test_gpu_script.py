@@ -98,7 +98,7 @@ def test_steps_are_reported_and_failures_hide_nothing(tmp_path):
 def test_small_cases_agree_with_the_oracle_on_the_cpu():
     done = run(sys.executable, str(ROOT / "benchmarks" / "gpu_small_cases.py"), "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "56 cases, 0 faults, 0 cases left out for time" in done.stdout
+    assert "76 cases, 0 faults, 0 cases left out for time" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def test_limits_of_all_steps_fit():
         "pair",
         "chain",
         "embedding",
+        "lowrank_sparse",
         "network",
         "compiled",
     } <= set(limits)

@@ -7,6 +7,7 @@ import torch
 
 from tensorcomp_ext.bench.sparse import our_ways
 from tensorcomp_ext.bench.sparse_cases import (
+    LARGE,
     SparseCase,
     budget_rank,
     quick_sparse,
@@ -37,6 +38,21 @@ def test_cases_of_the_design():
         pair = case.rank * (case.c_out + case.c_in)
         assert pair <= 0.1 * case.c_out * case.c_in < pair + case.c_out + case.c_in
     assert budget_rank(2, 3) == 1
+
+
+def test_cases_of_a_gpu():
+    """Large ones first, among them weights of few operations an entry; then those of the CPU."""
+    cases, common = sparse_cases("cuda"), sparse_cases("cpu")
+    assert len(cases) == len(set(cases)) and cases[-len(common) :] == common
+    large = cases[: -len(common)]
+    assert all(c.c_out * c.c_in >= LARGE for c in large) and not any(
+        c.c_out * c.c_in >= LARGE for c in common
+    )
+    assert {(c.c_out, c.mode) for c in large if c.rows is None} >= {
+        (n, mode) for n in (4096, 8192) for mode in ("additive", "masking")
+    }
+    assert {c.rows for c in large} == {None, 1, 8, 32}
+    assert min(c.rank for c in large) == 64
 
 
 def test_counts():

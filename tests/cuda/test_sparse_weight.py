@@ -9,6 +9,7 @@ from lowrank_sparse_problems import EVERY_WEIGHT, LAYOUTS, WeightCase, dense_wei
 from torch import Tensor
 from tucker2_problems import relative
 
+from tensorcomp_ext import _native
 from tensorcomp_ext.nn import FactorizedLinear
 from tensorcomp_ext.ops import lowrank_sparse_weight
 from tensorcomp_ext.ops.lowrank_sparse_weight import native_support
@@ -91,9 +92,12 @@ def test_compiles_and_checks(cuda: str, mode: str) -> None:
     assert relative(compiled(*tensors).detach(), dense_weight(*tensors, mode).detach() + 1) <= 1e-5
 
 
-def test_a_layer_in_training(cuda: str) -> None:
+def test_a_layer_in_training(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers take to the kernel."""
+    monkeypatch.setattr(_native, "TRIED_DEVICES", ("cpu", "cuda"))
     torch.manual_seed(0)
     layer = FactorizedLinear(96, 64, format="lowrank_sparse", rank=8).to(cuda)
+    layer.plan = "dense"
     x = torch.randn(5, 96, device=cuda)
     layer(x).square().sum().backward()
     twin = FactorizedLinear(96, 64, format="lowrank_sparse", rank=8)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from lowrank_sparse_problems import WeightCase
+from lowrank_sparse_problems import WeightCase, dense_weight
 from test_cuda_calls import MATMUL, Recorder
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tucker2_problems import relative
 
 from tensorcomp_ext import _native
+from tensorcomp_ext.formats import SVD, LowRankSparse
 from tensorcomp_ext.ops import lowrank_sparse_weight
 from tensorcomp_ext.ops._cuda import MOST_SPARSE_ROWS
 from tensorcomp_ext.ops._lowrank_sparse_weight_autograd import native_weight
@@ -72,6 +75,22 @@ def test_native_support_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -
         assert native_support(empty, b).reason == "the weight is empty"
     meta = torch.empty(3, 2, device="meta")
     assert native_support(meta, meta).reason == "there is no native lowrank_sparse_weight for device 'meta'"
+
+
+@pytest.mark.parametrize("tried", [False, True])
+@pytest.mark.parametrize("mode", ["additive", "masking"])
+def test_a_weight_is_rebuilt_by_kernels_that_have_run(
+    mode: Any, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, in the place of a device on which they have not."""
+    monkeypatch.setattr(_native, "TRIED_DEVICES", ("cpu",) if tried else ())
+    a, b, values, mask = WeightCase().make()
+    for low, expected in ((SVD(a, b), dense_weight(a, b, values, mask, mode)), (None, values * mask)):
+        weight = LowRankSparse(low, values, mask, mode=mode if low else "additive")
+        with Recorder() as recorder:
+            w = weight.to_dense()
+        assert ("lowrank_sparse_weight" in recorder.calls) is tried
+        assert relative(w.detach(), expected) <= 1e-6
 
 
 @pytest.mark.usefixtures("library")
