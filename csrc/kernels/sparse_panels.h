@@ -3,8 +3,9 @@
 // value multiplies, where a gather would take longer than the memory takes to deliver the values.
 //
 // 64 rows of the matrix are a bundle: it goes through all windows, and in each through so many steps of each of its
-// four groups of 16. Windows overlap: a value may wait for the next one. What finds no place goes into "loose" steps,
-// whose values multiply any columns.
+// four groups of 16. Rows with much in them go together, as the longest of a bundle counts: pruning leaves some rows
+// many times as many values as others. Windows overlap: a value may wait for the next one. What finds no place goes
+// into "loose" steps, whose values multiply any columns.
 #pragma once
 
 #include <cstddef>
@@ -28,6 +29,7 @@ struct SparsePanels {
   int64_t slots = 0, loose = 0;            // in steps
   const uint8_t* half_steps = nullptr;     // [bundles][chunks]: twice the steps of each group in each window
   const int32_t* loose_steps = nullptr;    // [bundles][groups]
+  const int32_t* order = nullptr;          // [bundles][groups][lanes]: which row of the matrix this is; m for none
   const void* values = nullptr;            // [slots][lanes]; zero where there is nothing to multiply
   const uint8_t* places = nullptr;         // [slots][lanes]: columns from the window's first, below 32
   const void* loose_values = nullptr;      // [loose][lanes]
@@ -61,7 +63,7 @@ bool panel_starts(const SparsePanels& p, std::vector<int64_t>* slots, std::vecto
 // What a matrix that passed sparse_fault() looks like in panels; the pointers are into `memory`.
 struct MadePanels {
   std::vector<uint8_t> half_steps, places;
-  std::vector<int32_t> loose_steps, loose_columns;
+  std::vector<int32_t> loose_steps, loose_columns, order;
   std::vector<uint32_t> values, loose_values;  // index in the matrix's values plus one, or zero
 };
 MadePanels make_panels(const SparseMatrix& s);

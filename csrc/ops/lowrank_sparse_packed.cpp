@@ -20,7 +20,7 @@ struct Header {
 
 // Where the parts lie behind the header, in bytes; each begins at a cache line.
 struct Layout {
-  size_t half_steps, loose_steps, values, places, loose_values, loose_columns, pair, bytes;
+  size_t half_steps, loose_steps, order, values, places, loose_values, loose_columns, pair, bytes;
 
   Layout(const SparsePanels& p, size_t pair_bytes) {
     const size_t element = p.dtype == DType::kFloat32 ? 4 : 2, lanes = kPanelLanes;
@@ -28,6 +28,7 @@ struct Layout {
     bytes = 0;
     half_steps = take(static_cast<size_t>(p.bundles() * p.chunks()));
     loose_steps = take(static_cast<size_t>(p.bundles()) * kPanelGroups * 4);
+    order = take(static_cast<size_t>(p.bundles() * kBundle) * 4);
     values = take(placed * element);
     places = take(placed);
     loose_values = take(free * element);
@@ -89,6 +90,7 @@ Tensor lowrank_sparse_linear_pack(const Tensor& a, const Tensor& b, const Tensor
     std::memset(to, 0, layout.bytes);
     put(made.half_steps, to + layout.half_steps);
     put(made.loose_steps, to + layout.loose_steps);
+    put(made.order, to + layout.order);
     take_values(p.dtype, made.values, parts.matrix.values, to + layout.values);
     put(made.places, to + layout.places);
     take_values(p.dtype, made.loose_values, parts.matrix.values, to + layout.loose_values);
@@ -160,6 +162,7 @@ Tensor lowrank_sparse_linear_packed(const Tensor& x, const Tensor& packed, std::
       static_cast<const char*>(behind_header(kName, packed, expected, layout.bytes, kMaker, kMadeForOthers));
   p.half_steps = reinterpret_cast<const uint8_t*>(from + layout.half_steps);
   p.loose_steps = reinterpret_cast<const int32_t*>(from + layout.loose_steps);
+  p.order = reinterpret_cast<const int32_t*>(from + layout.order);
   p.values = from + layout.values;
   p.places = reinterpret_cast<const uint8_t*>(from + layout.places);
   p.loose_values = from + layout.loose_values;

@@ -136,13 +136,14 @@ class Panels {
   }
 
   SparsePanels panels;
-  Bytes half_steps, loose_steps, places, loose_columns;
+  Bytes half_steps, loose_steps, order, places, loose_columns;
   Array values, loose_values;
 
  private:
   Panels(const MadePanels& made, const SparseMatrix& s, DType dtype)
       : half_steps(made.half_steps.size()),
         loose_steps(made.loose_steps.size() * 4),
+        order(made.order.size() * 4),
         places(made.places.size()),
         loose_columns(made.loose_columns.size() * 4),
         values(dtype, static_cast<int64_t>(made.values.size())),
@@ -152,6 +153,7 @@ class Panels {
     };
     copy(made.half_steps, half_steps);
     copy(made.loose_steps, loose_steps);
+    copy(made.order, order);
     copy(made.places, places);
     copy(made.loose_columns, loose_columns);
     take(made.values, s, dtype, &values);
@@ -163,6 +165,7 @@ class Panels {
     panels.loose = static_cast<int64_t>(made.loose_values.size()) / kPanelLanes;
     panels.half_steps = static_cast<const uint8_t*>(half_steps.get());
     panels.loose_steps = static_cast<const int32_t*>(loose_steps.get());
+    panels.order = static_cast<const int32_t*>(order.get());
     panels.values = values.get();
     panels.places = static_cast<const uint8_t*>(places.get());
     panels.loose_values = loose_values.get();
@@ -326,6 +329,7 @@ void test_hostile_panels() {
       const auto lanes = static_cast<size_t>(kPanelLanes);
       if (round % 4 == 0) spoil(panels.half_steps, static_cast<size_t>(p.bundles() * p.chunks()));
       if (round % 4 == 1) spoil(panels.loose_steps, static_cast<size_t>(p.bundles() * kPanelGroups) * 4);
+      spoil(panels.order, static_cast<size_t>(p.bundles() * kBundle) * 4);
       spoil(panels.places, static_cast<size_t>(p.slots) * lanes);
       spoil(panels.loose_columns, static_cast<size_t>(p.loose) * lanes * 4);
       Guarded y(DType::kFloat32, 3 * 70);

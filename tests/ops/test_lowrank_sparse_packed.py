@@ -79,6 +79,23 @@ def test_columns_all_in_one_place(rows: int, isa: str) -> None:
     assert relative(bound(arguments)(arguments[0], arguments[4]), dense_linear(*arguments)) <= 1e-5
 
 
+def test_uneven_rows_take_no_more_memory(isa: str) -> None:
+    """A bundle takes as many steps as its longest row: rows that pruning left of one length go together."""
+    m, n = 640, 512
+    generator = torch.Generator().manual_seed(0)
+    even = torch.rand(m, n, generator=generator)
+    uneven = even * torch.linspace(0.2, 5, m)[torch.randperm(m, generator=generator)].unsqueeze(1)
+    sizes, a, b = [], torch.randn(m, 2), torch.randn(2, n)
+    for scores in (even, uneven):
+        mask = scores > scores.flatten().kthvalue(m * n * 9 // 10).values
+        values, x = torch.randn(m, n), torch.randn(5, n)
+        sparse = pack_sparse(values, mask)
+        sizes.append(pack_lowrank_sparse(a, b, sparse).numel())
+        arguments = [x, a, b, sparse, None]
+        assert relative(bound(arguments)(x, None), dense_linear(*arguments)) <= 1e-5
+    assert sizes[1] <= 1.1 * sizes[0]
+
+
 def test_rows_of_several_segments(isa: str) -> None:
     arguments = LinearCase(rows=(3,), n=131_100, m=3, kept=0.001).make()
     y = bound(arguments)(arguments[0], arguments[4])

@@ -29,9 +29,15 @@ inline void multiply_add_loose(Lanes16& sum, Lanes16 values, const float* x, con
   const __m512i at = _mm512_min_epu32(_mm512_loadu_si512(columns), _mm512_set1_epi32(static_cast<int>(last)));
   sum.v = _mm512_fmadd_ps(values.v, _mm512_i32gather_ps(at, x, 4), sum.v);
 }
-template <class E>
-inline void store_sums(const Lanes16& sum, E* y, int lanes) {
-  store_lanes(Wide{sum.v}, y, lanes);
+// Into the elements of y that `order` names, where it names one of `m`.
+inline void store_sums(const Lanes16& sum, float* y, const int32_t* order, int64_t m) {
+  const __m512i at = _mm512_loadu_si512(order);
+  const __mmask16 there = _mm512_cmplt_epu32_mask(at, _mm512_set1_epi32(static_cast<int>(m)));
+  _mm512_mask_i32scatter_ps(y, there, at, sum.v, 4);
+}
+inline const float* floats_of(const Lanes16& sum, float* to) {
+  _mm512_storeu_ps(to, sum.v);
+  return to;
 }
 
 #else
@@ -63,15 +69,24 @@ inline void multiply_add_loose(Lanes16& sum, const Lanes16& values, const float*
     sum.v[l] += values.v[l] * x[column < last ? column : last];
   }
 }
-template <class E>
-inline void store_sums(const Lanes16& sum, E* y, int lanes) {
-  for (int l = 0; l < lanes; l += Wide::kLanes) {
-    const int some = lanes - l < Wide::kLanes ? lanes - l : Wide::kLanes;
-    store_lanes(load_lanes(sum.v + l, some), y + l, some);
+inline void store_sums(const Lanes16& sum, float* y, const int32_t* order, int64_t m) {
+  for (int l = 0; l < kPanelLanes; ++l) {
+    if (static_cast<uint32_t>(order[l]) < m) y[order[l]] = sum.v[l];
   }
 }
+inline const float* floats_of(const Lanes16& sum, float*) { return sum.v; }
 
 #endif
+
+inline void store_sums(const Lanes16& sum, uint16_t* y, const int32_t* order, int64_t m) {
+  float memory[kPanelLanes];
+  const float* floats = floats_of(sum, memory);
+  uint16_t rounded[kPanelLanes];
+  for (int l = 0; l < kPanelLanes; l += Wide::kLanes) store_lanes(Wide::load(floats + l), rounded + l, Wide::kLanes);
+  for (int l = 0; l < kPanelLanes; ++l) {
+    if (static_cast<uint32_t>(order[l]) < m) y[order[l]] = rounded[l];
+  }
+}
 
 // Words of a row of x as the panels read it: whole windows.
 inline int64_t panel_row_words(int64_t n) { return round_up(n, kWindowStep) + 2 * kWindowStep; }
@@ -84,8 +99,8 @@ template <class E>
 class PanelProduct {
  public:
   PanelProduct(const SparsePanelsParams& p, int64_t parts, int64_t part) : p_(p), s_(p.panels) {
-    begin_ = s_.bundles() * part / parts;
-    end_ = s_.bundles() * (part + 1) / parts;
+    begin_ = first_bundle(part, parts);
+    end_ = first_bundle(part + 1, parts);
     row_words_ = panel_row_words(s_.n);
     x_ = static_cast<float*>(p.scratch) + part * kPanelRows * row_words_;
   }
@@ -104,6 +119,17 @@ class PanelProduct {
   }
 
  private:
+  // Parts are cut by the steps in them.
+  int64_t first_bundle(int64_t part, int64_t parts) const {
+    constexpr int64_t kLoose = 4;  // steps in the time of a loose one
+    const auto steps = [&](int64_t bundle) { return p_.slot_starts[bundle] + kLoose * p_.loose_starts[bundle]; };
+    const int64_t bundles = s_.bundles(), all = steps(bundles);
+    if (part == parts) return bundles;
+    int64_t bundle = 0;
+    while (bundle < bundles && steps(bundle) < all / parts * part) ++bundle;
+    return bundle;
+  }
+
   void read(int64_t first, int rows) {
     for (int r = 0; r < rows; ++r) {
       const E* from = static_cast<const E*>(p_.x) + (first + r) * p_.x_row;
@@ -157,12 +183,9 @@ class PanelProduct {
           loose += kPanelLanes;
           columns += kPanelLanes;
         }
-        const int64_t column = b * kBundle + g * kPanelLanes;
-        const int lanes = static_cast<int>(s_.m - column < kPanelLanes ? s_.m - column : kPanelLanes);
-        if (lanes <= 0) continue;
+        const int32_t* order = s_.order + b * kBundle + g * kPanelLanes;
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r)
-          store_sums(sum[g][r], static_cast<E*>(p_.y) + (first + r) * s_.m + column, lanes);
+        for (int r = 0; r < kRows; ++r) store_sums(sum[g][r], static_cast<E*>(p_.y) + (first + r) * s_.m, order, s_.m);
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <numeric>
 
 namespace tensorcomp {
 
@@ -19,6 +20,15 @@ struct Entry {
 class Rows {
  public:
   explicit Rows(const SparseMatrix& s) : s_(s) {}
+
+  // All rows, those with the most values first, and then m up to whole bundles.
+  std::vector<int32_t> order(int64_t size) const {
+    std::vector<int32_t> rows(static_cast<size_t>(size), static_cast<int32_t>(s_.m));
+    const auto end = rows.begin() + s_.m;
+    std::iota(rows.begin(), end, 0);
+    std::stable_sort(rows.begin(), end, [&](int32_t a, int32_t b) { return count(a) > count(b); });
+    return rows;
+  }
 
   void read(int64_t row, std::vector<Entry>* to) const {
     to->clear();
@@ -40,6 +50,7 @@ class Rows {
   }
 
  private:
+  int32_t count(int64_t row) const { return s_.offsets[(row + 1) * s_.segments()] - s_.offsets[row * s_.segments()]; }
   static void add(int64_t column, int64_t k, std::vector<Entry>* to) {
     to->push_back({static_cast<int32_t>(column), static_cast<uint32_t>(k + 1)});
   }
@@ -132,10 +143,12 @@ MadePanels make_panels(const SparseMatrix& s) {
   sizes.n = s.n;
   MadePanels made;
   const Rows rows(s);
+  made.order = rows.order(sizes.bundles() * kBundle);
   for (int64_t b = 0; b < sizes.bundles(); ++b) {
     Bundle bundle;
     Progress next{};
-    for (size_t r = 0; r < next.size(); ++r) rows.read(b * kBundle + static_cast<int64_t>(r), &bundle.rows[r]);
+    for (size_t r = 0; r < next.size(); ++r)
+      rows.read(made.order[static_cast<size_t>(b * kBundle) + r], &bundle.rows[r]);
     for (int64_t c = 0; c < sizes.chunks(); ++c) {
       const int half_steps = bundle.best_steps(next, c, sizes.windows());
       made.half_steps.push_back(static_cast<uint8_t>(half_steps));
