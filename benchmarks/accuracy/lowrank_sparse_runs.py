@@ -73,7 +73,7 @@ NETWORKS = {
         "cifar10",
         "weights/akamaster/resnet20-12fca82f.th",
         (0.3, 0.2, 0.15),
-        2048,
+        1536,
         500,
         6,
         4,
