@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .cases import LAYOUTS, Case
 from .problem import Problem, step
 
-Group = Literal["ours", "stages", "rebuild", "dense"]
+Group = Literal["ours", "stages", "rebuild", "dense", "part"]
+"""Who computes a row; a part of it, which is compared with nothing, shows what bounds the others."""
 Call = Callable[[], tuple[Tensor, ...]]
 
 COMPILED = ("best", "never", "always")

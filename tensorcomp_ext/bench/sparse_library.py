@@ -13,6 +13,7 @@ from .measure import offer
 from .sparse_problem import SparseProblem
 
 EAGER, ADDED, COMPILED = "eager", "eager addmm", "compiled"
+PRODUCT = "product alone"
 REBUILT, REBUILT_COMPILED = "rebuild eager", "rebuild compiled"
 CSR, DENSE, DENSE_COMPILED = "pair and CSR", "dense eager", "dense compiled"
 
@@ -83,6 +84,8 @@ def library_ways(problem: SparseProblem, compiled: str) -> list[Candidate]:
             found.append(_offer(ADDED, "stages", problem, lambda: Weight(problem, added=True)))
         if compiled != "never":
             found.append(_offer(COMPILED, "stages", problem, lambda: Weight(problem), frozen=False))
+        if not problem.training:
+            found.append(_product(problem))
         return found
     if not problem.training:
         found.append(_offer(CSR, "stages", problem, lambda: PairAndCSR(problem)))
@@ -93,6 +96,14 @@ def library_ways(problem: SparseProblem, compiled: str) -> list[Candidate]:
         frozen = not problem.training
         found.append(_offer(DENSE_COMPILED, "dense", problem, lambda: Dense(problem), frozen=frozen))
     return found
+
+
+def _product(problem: SparseProblem) -> Candidate:
+    """``A B`` by the library, without mask or sum: what ways with its product cannot be faster than."""
+    a, b = problem.a, problem.b
+    made = Candidate(PRODUCT, "part", problem.case.layout, problem.call(lambda: a @ b, []))
+    made.to_factors = lambda outputs: ()
+    return made
 
 
 def _offer(

@@ -28,7 +28,12 @@ class SparseProblem:
         m, n, r = case.c_out, case.c_in, case.rank
         self.case, self.training, self.device = case, training, device
         self.a, self.b, self.values = draw(m, r, scale=r**-0.5), draw(r, n), draw(m, n)
-        kept = torch.randperm(m * n, generator=generator, device=device)[: case.nnz]
+        if case.spread:
+            scale = (case.spread * torch.randn(m, 1, generator=generator, device=device)).exp()
+            scores = torch.randn(m, n, generator=generator, device=device).abs() * scale
+            kept = scores.flatten().topk(case.nnz).indices
+        else:
+            kept = torch.randperm(m * n, generator=generator, device=device)[: case.nnz]
         self.mask = torch.zeros(m * n, dtype=torch.bool, device=device)
         self.mask[kept] = True
         self.mask = self.mask.reshape(m, n)

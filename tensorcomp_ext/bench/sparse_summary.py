@@ -7,7 +7,7 @@ from typing import Any
 
 from .measure import FUSED, TUNED
 from .ours import LAYER
-from .sparse_library import CSR, DENSE, DENSE_COMPILED, REBUILT, REBUILT_COMPILED
+from .sparse_library import CSR, DENSE, DENSE_COMPILED, PRODUCT, REBUILT, REBUILT_COMPILED
 from .summary import geometric_mean
 from .tables import Table, number, time_us
 
@@ -50,7 +50,8 @@ def _mean(rows: Sequence[Row], ratio: str) -> str:
 
 
 def _weights(rows: Sequence[Row]) -> Table:
-    head = ["weight", *_HEAD, "ours us", "best eager us", "over it", "compiled us", "over it", "roofline"]
+    head = ["weight", *_HEAD, "ours us", "best eager us", "over it", "compiled us", "over it"]
+    head += ["product alone us", "roofline"]
     body = []
     for row in rows:
         cells = _cells(row)
@@ -58,7 +59,8 @@ def _weights(rows: Sequence[Row]) -> Table:
             ours = row["ours_us"]
             eager, compiled = row["over_eager"], row["over_compiled"]
             cells += [time_us(ours), _time(eager and eager * ours), number(eager)]
-            cells += [_time(compiled and compiled * ours), number(compiled), number(row["roofline_share"])]
+            cells += [_time(compiled and compiled * ours), number(compiled)]
+            cells += [_time(_times(row).get(PRODUCT)), number(row["roofline_share"])]
         body.append(_filled(row, cells, len(head)))
     return head, body
 
