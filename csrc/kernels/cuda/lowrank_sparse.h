@@ -137,8 +137,11 @@ inline int64_t masked_product_tiles(const MaskedProductParams& p) {
 inline bool plan_masked_product(MaskedProductParams& p, const DeviceLimits& device) {
   const int64_t tiles = masked_product_tiles(p);
   const int64_t chunks = detail::ceil_div(p.summed * element_bytes(p.element), kChunkBytes);
-  // Splits that fill the device about twice, each of at least eight chunks.
-  p.splits = std::max<int64_t>(1, std::min(detail::ceil_div(4 * device.multiprocessors, tiles), chunks / 8));
+  // Splits that fill the device, each of at least eight chunks; their results together no more than half as large as
+  // the weight.
+  const int64_t weight_bytes = (p.of_a ? p.m : p.n) * p.summed * element_bytes(p.element);
+  const int64_t room = weight_bytes / 2 / std::max<int64_t>(4 * p.m * p.n, 1);
+  p.splits = std::max<int64_t>(1, std::min({detail::ceil_div(2 * device.multiprocessors, tiles), chunks / 8, room}));
   for (const int32_t stages : {3, 2}) {
     p.stages = stages;
     p.shared_bytes = stages * masked_product_layout(p).chunk;

@@ -185,6 +185,13 @@ void test_refusals() {
   CHECK(plan_weight(p, kDevices[0]) && p.stages == 3);
   // Two blocks share a multiprocessor of Hopper.
   CHECK(2 * (p.shared_bytes + 1024) <= kDevices[0].shared_per_multiprocessor);
+  MaskedProductParams large;
+  large.element = Element::kBfloat16;
+  large.m = large.summed = 4096;
+  large.n = 204;
+  CHECK(plan_masked_product(large, kDevices[0]) && large.splits == 5);
+  large.n = 1000;
+  CHECK(plan_masked_product(large, kDevices[0]) && large.splits == 1);
   MaskedProductParams q;
   q.m = q.n = q.summed = 64;
   CHECK(!plan_masked_product(q, {132, 16 * 1024, 64 * 1024}));
