@@ -59,8 +59,14 @@ def check(ops: Any, arguments: list[Any], dtype: str, dy: Tensor | None = None) 
 
 
 @every_dtype
-@pytest.mark.parametrize("case", [*FEW, *LAID_OUT, *MORE], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 def test_cases(emulated: Any, case: LinearCase, dtype: str) -> None:
+    check(emulated, case.make(DTYPES[dtype]), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [*LAID_OUT, *MORE], ids=str)
+def test_layouts(emulated: Any, case: LinearCase, dtype: str) -> None:
     check(emulated, case.make(DTYPES[dtype]), dtype)
 
 

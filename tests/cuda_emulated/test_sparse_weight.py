@@ -59,9 +59,16 @@ def check(ops: Any, tensors: list[Tensor], mode: str, dtype: str, dw: Tensor | N
 
 @every_dtype
 @every_mode
-@pytest.mark.parametrize("case", [*NOT_EMPTY, *LAID_OUT, *TILES], ids=str)
+@pytest.mark.parametrize("case", NOT_EMPTY, ids=str)
 def test_cases(emulated: Any, case: WeightCase, mode: str, dtype: str) -> None:
     check(emulated, case.make(DTYPES[dtype]), mode, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [*LAID_OUT, *TILES], ids=str)
+def test_layouts(emulated: Any, case: WeightCase, dtype: str) -> None:
+    """Masking: its gradients too are by our kernels."""
+    check(emulated, case.make(DTYPES[dtype]), "masking", dtype)
 
 
 @every_mode
