@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorcomp_ext as tc
+from tensorcomp_ext import _native
 from tensorcomp_ext.formats import LowRankSparse, PackedLowRankSparse
 from tensorcomp_ext.nn import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d, FactorizedLinear
 from tensorcomp_ext.plan import plans_for
@@ -140,6 +141,24 @@ def test_finalized_linear_layers(low_rank: str, mode: str) -> None:
         nn.Linear(40, 30).requires_grad_(False), "lowrank_sparse", rank, low_rank=low_rank
     ).finalize()
     assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [0.05, 0.4])
+def test_finalized_layers_at_any_number_of_rows(kept: float, dtype: torch.dtype) -> None:
+    """Few rows go through panels, many through the entries as they are stored; a change reaches both."""
+    layer = FactorizedLinear(40, 30, format="lowrank_sparse", rank=3).requires_grad_(False)
+    layer = pruned(layer, kept).eval().finalize().to(dtype)
+    layer.plan = "fused" if _native.status().ok else "dense"
+    for _ in range(2):
+        expected = copy.deepcopy(layer).double().to_dense()
+        for rows in (1, 63, 64, 127, 128, 200):
+            x = torch.randn(rows, 40, dtype=dtype)
+            with torch.no_grad():
+                assert relative(layer(x), expected(x.double())) < (1e-5 if dtype == torch.float32 else 1e-2)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(1.5)
 
 
 def test_other_formats_have_nothing_to_finalize() -> None:
