@@ -21,8 +21,8 @@ struct Case {
 
 const Case kCases[] = {
     {1, 1, 1, 1, 1.0, Lie::kDense},      {9, 13, 3, 3, 0.3, Lie::kDense},    {40, 33, 8, 16, 0.1, Lie::kSlice},
-    {35, 1100, 5, 17, 0.2, Lie::kDense}, {70, 64, 13, 5, 0.0, Lie::kTurned}, {20, 257, 32, 40, 1.0, Lie::kPadded},
-    {130, 90, 17, 1, 0.5, Lie::kDense},
+    {35, 1100, 5, 17, 0.2, Lie::kDense}, {20, 64, 13, 5, 0.0, Lie::kTurned}, {20, 257, 32, 40, 1.0, Lie::kPadded},
+    {50, 90, 17, 1, 0.5, Lie::kDense},
 };
 
 // Values begin `offset` entries behind an aligned address.
@@ -167,10 +167,11 @@ void test_cases() {
         std::snprintf(text, sizeof text, "case %zu, element %d, bits %d", i, static_cast<int>(element), bits);
         subject() = text;
         emulation::set_order(static_cast<Order>(turn % 3));
-        const DeviceLimits& device = kDevices[turn % std::size(kDevices)];
+        const DeviceLimits& device = kDevices[turn / 3 % std::size(kDevices)];
         Problem problem(kCases[i], element, bits, turn % 2 == 0 ? 0 : 3, static_cast<unsigned>(turn));
         check_forward(problem, device);
         check_backward(problem, device);
+        if (element == Element::kFloat16) continue;
         // So little memory that one row is a group.
         const DeviceLimits narrow{2, static_cast<int32_t>((kCases[i].n + kCases[i].rank) * 4), 64 * 1024};
         problem.p.bias = nullptr;

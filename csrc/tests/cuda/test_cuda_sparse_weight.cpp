@@ -18,10 +18,10 @@ struct Case {
 };
 
 const Case kCases[] = {
-    {1, 1, 1, Lie::kDense, 1.0},     {9, 13, 3, Lie::kDense, 0.3},     {33, 64, 16, Lie::kDense, 0.1},
-    {128, 128, 32, Lie::kDense, 0},  {130, 136, 40, Lie::kDense, 0.5}, {70, 300, 0, Lie::kDense, 0.2},
-    {40, 72, 17, Lie::kSlice, 0.3},  {61, 66, 129, Lie::kTurned, 0.3}, {131, 257, 20, Lie::kPadded, 0.1},
-    {5, 1030, 70, Lie::kDense, 0.1}, {300, 6, 35, Lie::kPadded, 0.9},
+    {1, 1, 1, Lie::kDense, 1.0},    {9, 13, 3, Lie::kDense, 0.3},     {33, 64, 16, Lie::kDense, 0.1},
+    {128, 128, 32, Lie::kDense, 0}, {130, 136, 40, Lie::kDense, 0.5}, {70, 300, 0, Lie::kDense, 0.2},
+    {40, 72, 17, Lie::kSlice, 0.3}, {61, 66, 129, Lie::kTurned, 0.3}, {131, 137, 20, Lie::kPadded, 0.1},
+    {5, 530, 70, Lie::kDense, 0.1}, {300, 6, 35, Lie::kPadded, 0.9},
 };
 
 struct Problem {
@@ -129,18 +129,18 @@ void test_cases() {
   for (size_t i = 0; i < std::size(kCases); ++i) {
     const Case& c = kCases[i];
     for (const Element element : kElements) {
-      for (const bool bits : {false, true}) {
-        ++turn;
-        std::snprintf(text, sizeof text, "case %zu, element %d, bits %d", i, static_cast<int>(element), bits);
-        subject() = text;
-        emulation::set_order(static_cast<Order>(turn % 3));
-        const DeviceLimits& device = kDevices[turn % std::size(kDevices)];
-        const Problem problem(c, element, bits, static_cast<unsigned>(turn));
-        for (const bool masking : {false, true}) check_forward(c, problem, element, masking, device);
-        check_values_gradient(c, problem, element);
-        if (c.rank == 0) continue;
-        for (const bool of_a : {false, true}) check_product(c, problem, element, of_a, device);
-      }
+      // Both kinds of mask and both modes meet every element and every case, in turn.
+      ++turn;
+      const bool bits = (turn + static_cast<int>(i)) % 2 == 0, masking = (turn / 2 + static_cast<int>(i)) % 2 == 0;
+      std::snprintf(text, sizeof text, "case %zu, element %d, bits %d", i, static_cast<int>(element), bits);
+      subject() = text;
+      emulation::set_order(static_cast<Order>(turn % 3));
+      const DeviceLimits& device = kDevices[turn / 3 % std::size(kDevices)];
+      const Problem problem(c, element, bits, static_cast<unsigned>(turn));
+      check_forward(c, problem, element, masking, device);
+      check_values_gradient(c, problem, element);
+      if (c.rank == 0) continue;
+      for (const bool of_a : {false, true}) check_product(c, problem, element, of_a, device);
     }
   }
   subject() = "";
@@ -148,7 +148,7 @@ void test_cases() {
 
 // The same bits whatever order threads run in.
 void test_reproducible() {
-  const Case c{131, 600, 20, Lie::kDense, 0.3};
+  const Case c{35, 600, 20, Lie::kDense, 0.3};
   const Problem problem(c, Element::kFloat32, true, 5);
   std::vector<Doubles> found[3];
   for (const Order order : {Order::kAscending, Order::kDescending, Order::kShuffled}) {
