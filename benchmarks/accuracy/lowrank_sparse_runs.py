@@ -37,7 +37,7 @@ class Network:
         weights: file under the data folder; None to train it first.
         sizes: stored shares of the compressed layers' weights, the one measured first in the middle.
         images, held_out: training images used, and those kept to choose by and for the history.
-        epochs, prune_epochs, lr, batch_size: of every way.
+        epochs, prune_epochs, lr, batch_size, optimizer: of every way.
         masked: formats whose fit without the outliers takes part.
     """
 
@@ -51,6 +51,7 @@ class Network:
     prune_epochs: int
     lr: float
     batch_size: int
+    optimizer: str
     masked: tuple[str, ...]
 
 
@@ -66,6 +67,7 @@ NETWORKS = {
         5,
         0.01,
         128,
+        "sgd",
         ("tt", "tucker", "cp"),
     ),
     "resnet20": Network(
@@ -77,8 +79,9 @@ NETWORKS = {
         500,
         6,
         4,
-        0.01,
-        128,
+        0.001,
+        32,
+        "adam",
         ("tt", "tucker"),
     ),
 }

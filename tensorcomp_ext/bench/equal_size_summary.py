@@ -90,7 +90,7 @@ def equal_size_lines(results: Mapping[str, Any]) -> list[str]:
         f"{100 * dense['correct'] / total:.2f} % ({dense['source']})",
         f"every way: {config['epochs']} epochs of the same {config['images']:,} training images, pruned over "
         f"the first {config['prune_epochs']}, learning rate {config['lr']} (schedule {config['schedule']}), "
-        f"batches of {config['batch_size']}, distilled from the dense network; "
+        f"batches of {config['batch_size']}, {config['optimizer']}, distilled from the dense network; "
         f"{config['held_out']:,} further training images are held out",
         f"low-rank parts beside sparse ones take {config['fraction']:g} of each layer's weights; stored are "
         "weights of all layers but the last, places of entries not counted",
