@@ -97,6 +97,20 @@ def equal_size_lines(results: Mapping[str, Any]) -> list[str]:
         f"{results['machine']['cpu']}, {config['threads']} threads, torch {versions['torch']}, revision "
         f"{versions['git_revision']}{dirty}; {len(results['rows'])} rows in {seconds / 60:.0f} minutes",
     ]
+    if "chosen_by" in results:
+        lines.append(_choice(results["chosen_by"]))
     if not results["complete"]:
         lines.append("**the run was ended by its time: not all rows are there**")
     return lines
+
+
+def _choice(rates: Mapping[str, Mapping[str, Sequence[int] | None]]) -> str:
+    """What learning rates gave on images held out, by method in the order of the first rate."""
+    methods = list(next(iter(rates.values())))
+    total = next(given[1] for found in rates.values() for given in found.values() if given is not None)
+    cells = []
+    for rate, found in rates.items():
+        correct = ("diverged" if given is None else f"{given[0]}" for given in found.values())
+        cells.append(f"{rate}: {' / '.join(correct)}")
+    ways = " / ".join(methods)
+    return f"learning rates compared, correct of {total:,} held out by {ways}: {'; '.join(cells)}"

@@ -258,7 +258,13 @@ def test_table_of_equal_sizes(whole):
     assert found["low rank alone, TT"][1] in (f"{right[2] / 0.4:.2f}", f"{right[2] / 0.4:.2f}, {share}")
     assert found["low rank alone, TT"][2] == f"{low['stored_bytes'] / 1e3:,.0f}"
     assert found["low-rank + sparse, TT, additive, masking start"][1] == "17.50"
-    assert not any("not all rows" in line for line in equal_size_lines(results))
+    assert not any("not all rows" in line or "compared" in line for line in equal_size_lines(results))
+    results["chosen_by"] = {
+        "0.1": {"sparse": [8, 9], "lowrank": None},
+        "1": {"sparse": None, "lowrank": [7, 9]},
+    }
+    expected = "correct of 9 held out by sparse / lowrank: 0.1: 8 / diverged; 1: diverged / 7"
+    assert equal_size_lines(results)[-1].endswith(expected)
     assert "not all rows" in equal_size_lines({**results, "complete": False})[-1]
 
 
