@@ -92,7 +92,10 @@ def _line_of(axes: Any, way: Way, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def start_plot(results: Mapping[str, Any], prefix: str) -> str | None:
-    """Accuracy on training images held out over the epochs, of both starts; None where one is missing."""
+    """Accuracy on training images held out over the epochs, of both starts; None where one is missing.
+
+    As in all histories it is that of the network pruned for the next epoch, which dips where much is pruned.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -151,7 +154,8 @@ def section(results: Mapping[str, Any], number: int) -> str:
         )
     ]
     if starts := start_plot(results, f"starts-{number}"):
-        figures.append((starts, f"Both starts, on {config['held_out']:,} training images held out."))
+        text = f"Both starts, on {config['held_out']:,} training images held out, after each epoch's training"
+        figures.append((starts, f"{text} and the pruning before the next."))
     if errors := errors_of(results["rows"]):
         figures.append(
             (error_plot(errors, f"errors-{number}"), f"Low-rank parts of {config['fraction']:.0%}, by layer.")

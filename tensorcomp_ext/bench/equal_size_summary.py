@@ -49,7 +49,10 @@ def equal_size_table(results: Mapping[str, Any]) -> Table:
     sizes = sorted({row["storage_asked"] for row in rows}, reverse=True)
     middle = rows[0]["storage_asked"] if rows else None
     head = ["way", *(f"{size:g} stored: correct, %" for size in sizes)]
-    head += [f"kB at {middle:g}, places of entries included", "held-out images by epoch, %"]
+    head += [
+        f"kB at {middle:g}, places of entries included",
+        "held-out images by epoch, pruned for the next, %",
+    ]
     body = []
     lost = {(*way, row["storage"]) for way, given in ways_of(results["diverged"]).items() for row in given}
     for way, found in ways_of([*rows, *results["diverged"]]).items():
