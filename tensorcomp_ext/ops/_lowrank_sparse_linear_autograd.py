@@ -12,6 +12,7 @@ from .. import reference
 from ._oracle_gradients import oracle_gradients
 from ._register import define
 from ._transforms import transformed
+from .lowrank_sparse_packing import PackedSparse, check_numbers
 
 SCHEMAS = {
     "lowrank_sparse_linear": "(Tensor x, Tensor a, Tensor b, Tensor values, Tensor? bias, Tensor offsets, "
@@ -120,6 +121,8 @@ def autograd_kernel(
 ) -> Tensor:
     """What the dispatcher calls for ``tensorcomp::lowrank_sparse_linear`` where autograd looks on."""
     if transformed():
+        packed = PackedSparse(values.contiguous(), offsets.contiguous(), positions.contiguous(), b.shape[1])
+        check_numbers(packed, "lowrank_sparse_linear")
         return oracle(x, a, b, values, bias, offsets, positions)
     return native_linear(x, a, b, values, bias, offsets, positions)
 

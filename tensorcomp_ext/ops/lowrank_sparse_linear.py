@@ -30,7 +30,7 @@ from ._register import (
     register_mapped,
 )
 from ._transforms import transformed
-from .lowrank_sparse_packing import PackedSparse, check_packed, check_parts, check_places
+from .lowrank_sparse_packing import PackedSparse, check_numbers, check_packed, check_parts, check_places
 
 __all__ = [
     "bind_lowrank_sparse",
@@ -127,8 +127,7 @@ def lowrank_sparse_linear(
             raise ValueError(f"{_NAME}: backend='native' cannot serve: {support.reason}")
     if _is_compiling() or x.is_meta:  # meta tensors have no numbers to check
         return _OPS.lowrank_sparse_linear.default(x, a, b, values, bias, offsets, positions)
-    if not transformed():
-        check_packed(packed, _NAME)
+    check_numbers(packed, _NAME)
     return oracle(x, a, b, values, bias, offsets, positions).contiguous()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.lowrank_sparse_linear import SEGMENT, coordinates, segments_of
 from ..reference.lowrank_sparse_weight import pack_mask, unpack_mask
+from ._transforms import transformed, with_numbers
 
 __all__ = ["PackedSparse", "check_packed", "pack_mask", "pack_sparse", "unpack_mask", "unpack_sparse"]
 
@@ -131,6 +132,16 @@ def check_packed(packed: PackedSparse, name: str = "check_packed") -> None:
     place = segment * SEGMENT + within
     if bool((place[1:] <= place[:-1]).any()):
         raise ValueError(f"{name}: packed.positions must ascend within every row")
+
+
+def check_numbers(packed: PackedSparse, name: str) -> None:
+    """As :func:`check_packed`, unless a transform maps offsets or positions or a tracer holds them."""
+    if not transformed():
+        check_packed(packed, name)
+        return
+    offsets, positions = with_numbers(packed.offsets), with_numbers(packed.positions)
+    if offsets is not None and positions is not None:
+        check_packed(packed._replace(offsets=offsets, positions=positions), name)
 
 
 def check_parts(packed: PackedSparse, name: str) -> None:
