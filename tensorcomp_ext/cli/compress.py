@@ -102,6 +102,13 @@ def compress(
         float | None,
         typer.Option(min=0, max=1, help="Recipe: instead, share of the weights stored, low-rank parts too."),
     ] = None,
+    prune_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Recipe: epochs until the sparsity is reached; all by default.")
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="Recipe: share of the labels in the loss, not of the teacher.")
+    ] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Recipe: by which the logits are divided.")] = 3.0,
     sparsity_schedule: Annotated[
         str, typer.Option(help="Recipe: slow-start (at the end most) or zhu-gupta (at the start most).")
     ] = "slow-start",
@@ -113,6 +120,10 @@ def compress(
         str,
         typer.Option(help="Recipe: divergence learned from: teacher-student (Hinton) or student-teacher."),
     ] = "teacher-student",
+    resume: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Training writes this after every epoch, and goes on from it."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of that training and of the images to recalibrate on.")] = 0,
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the network here.")] = None,
     html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a report for a browser.")] = None,
@@ -133,18 +144,10 @@ def compress(
     ranks, batches = parse_ranks(rank or ["vbmf"]), parse_batches(batch)
     procedure: Recipe | None = None
     if recipe is not None:
-        procedure = Recipe(
-            recipe,
-            parse_low_rank(low_rank),
-            mode,
-            init,
-            fraction,
-            sparsity,
-            storage,
-            sparsity_schedule,
-            criterion,
-            direction,
-        )
+        # The options of a recipe have the names of its fields.
+        names = [field for field in Recipe.__dataclass_fields__ if field not in ("method", "low_rank")]
+        options_of = {name: context.params[name] for name in names}
+        procedure = Recipe(recipe, parse_low_rank(low_rank), **options_of)
         procedure.check(finetune_epochs, rank, (format, layers, recalibrate))
     else:
         refuse_without_recipe(context)
@@ -158,7 +161,9 @@ def compress(
         raise typer.BadParameter("fine-tuning needs --data", param_hint="--finetune-epochs")
     if recalibrate and data_dir is None and dataset != "digits":
         raise typer.BadParameter("recalibration needs --data", param_hint="--recalibrate")
-    for path in (output, html):
+    if resume is not None and not finetune_epochs:
+        raise typer.BadParameter("there is no training without --finetune-epochs", param_hint="--resume")
+    for path in (output, html, resume):
         _check_folder(path)
     screen = Screen(as_json)
     images = load_images(model, dataset, data_dir, train=recalibrate or finetune_epochs > 0)
@@ -173,7 +178,7 @@ def compress(
         _score(screen, summary, "before", dense, images, channels_last)
     inputs = example(images, options, model, batches[0], channels_last)
     training: dict[str, Any] = {"epochs": finetune_epochs, "lr": lr, "optimizer": optimizer, "seed": seed}
-    training["channels_last"] = channels_last
+    training |= {"channels_last": channels_last, "checkpoint": resume}
     if procedure is not None:
         assert images is not None  # as checked above: epochs need images
         made = procedure.run(screen, dense, images, inputs, exclude or (), **training)
@@ -253,7 +258,9 @@ def _nothing_compressed(report: Report, untrained: bool) -> str:
 def _check_folder(path: Path | None) -> None:
     """Fail before hours of work rather than after: the file's folder must exist."""
     if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint="--output, --html")
+        raise typer.BadParameter(
+            f"no folder {path.absolute().parent}", param_hint="--output, --html, --resume"
+        )
 
 
 def load_images(model: str, dataset: str, root: Path | None, train: bool) -> data.Dataset | None:

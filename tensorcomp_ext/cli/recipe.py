@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class Recipe:
     fraction: float
     sparsity: float
     storage: float | None
+    prune_epochs: int | None
+    alpha: float
+    temperature: float
     sparsity_schedule: str
     criterion: str
     direction: str
@@ -69,6 +73,21 @@ class Recipe:
         for option, value, allowed in choices:
             if value not in allowed:
                 raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}", param_hint=option)
+        shares = (("--fraction", self.fraction), ("--storage", 1.0 if self.storage is None else self.storage))
+        for option, share in shares:
+            if not 0 < share <= 1:
+                raise typer.BadParameter(f"must be above 0 and at most 1, got {share:g}", param_hint=option)
+        if not 0 <= self.sparsity < 1:
+            raise typer.BadParameter(
+                f"must be at least 0 and below 1, got {self.sparsity:g}", param_hint="--sparsity"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise typer.BadParameter(f"must be above 0, got {self.temperature:g}", param_hint="--temperature")
+        if self.prune_epochs is not None and self.prune_epochs > epochs:
+            raise typer.BadParameter(
+                f"must be at most --finetune-epochs, {epochs}, got {self.prune_epochs}",
+                param_hint="--prune-epochs",
+            )
         if self.criterion == "difference" and (self.mode, self.method) != ("masking", "lowrank-sparse"):
             raise typer.BadParameter(
                 "'difference' is for --recipe lowrank-sparse --mode masking", param_hint="--criterion"
@@ -94,18 +113,6 @@ class Recipe:
         **training: Any,
     ) -> recipes.LowRankSparseResult:
         """Compress ``dense`` and train it; ``training`` as ``recipes.train`` takes it."""
-        options: dict[str, Any] = {
-            "method": self.method,
-            "low_rank": self.low_rank,
-            "mode": self.mode,
-            "init": self.init,
-            "fraction": self.fraction,
-            "sparsity": self.sparsity,
-            "storage": self.storage,
-            "sparsity_schedule": self.sparsity_schedule,
-            "criterion": self.criterion,
-            "direction": self.direction,
-        }
         with screen.training(self.method) as step:
             return recipes.lowrank_sparse(
                 dense,
@@ -113,7 +120,7 @@ class Recipe:
                 example_inputs=example_inputs,
                 exclude=list(exclude) or None,
                 progress=step,
-                **options,
+                **asdict(self),
                 **training,
             )
 

@@ -66,7 +66,8 @@ def trace(
     """Run ``model`` once and return its output and the calls of each of ``layers`` (names to submodules).
 
     The network runs in evaluation mode without autograd, so neither its statistics nor the random state move;
-    hooks that the user registered do fire. A layer that was not called has an empty list.
+    hooks that the user registered do fire. A layer that was not called has an empty list; those that were
+    stand behind them, in the order of their last calls.
     """
     calls: dict[str, list[Call]] = {name: [] for name in layers}
 
@@ -77,7 +78,8 @@ def trace(
             x = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor):
                 stride = tuple(x.stride()) if x.layout == torch.strided else ()
-                calls[name].append(Call(tuple(x.shape), stride, x.dtype, x.device, tuple(output.shape)))
+                made = calls.pop(name)
+                calls[name] = [*made, Call(tuple(x.shape), stride, x.dtype, x.device, tuple(output.shape))]
 
         return record
 

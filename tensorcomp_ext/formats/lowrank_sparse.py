@@ -234,7 +234,8 @@ class LowRankSparse(SparseFormat):
         else:
             if not 0.0 < outliers < 1.0:
                 raise ValueError(f"{cls.name}: outliers must be in (0, 1), got {outliers}")
-            observed = ~largest(weight, round(outliers * weight.numel())).reshape(split.shape)
+            count = min(round(outliers * weight.numel()), weight.numel() - 1)
+            observed = ~largest(weight, count).reshape(split.shape)
             low_rank = split.cls.from_observed(
                 matrix, observed, rank, iterations=iterations, tol=tol, **options
             )

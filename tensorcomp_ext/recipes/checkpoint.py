@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,17 @@ def check_settings(path: str | Path, found: Mapping[str, Any], wanted: Mapping[s
     ]
     if changed:
         raise ValueError(f"checkpoint {path} is of a run with other settings: {', '.join(changed)}")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hexadecimal digest of names, dtypes, shapes and contents of a model's parameters and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        # Bytes, since numpy has no bfloat16; a tensor without dimensions has none to view.
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()
 
 
 def load_model_state(path: str | Path, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .callbacks import Callback, TrainState
+from .checkpoint import fingerprint
 from .evaluate import modes_kept
 
 Direction = Literal["teacher-student", "student-teacher"]
@@ -91,7 +92,12 @@ class Distillation(Callback):
         self.direction: Direction = direction
 
     def settings(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, "temperature": self.temperature, "direction": self.direction}
+        return {
+            "alpha": self.alpha,
+            "temperature": self.temperature,
+            "direction": self.direction,
+            "teacher": fingerprint(self.teacher),
+        }
 
     def on_loss(self, state: TrainState, loss: Tensor) -> Tensor:
         assert state.images is not None and state.outputs is not None

@@ -35,7 +35,8 @@ class LowRankSparseResult(NamedTuple):
     ``report.details["lowrank_sparse"]`` has what is stored of the compressed layers: ``weights``, the dense
     ones; ``low_rank`` and ``sparse``, factors and entries; ``stored``, both, as publications count;
     ``stored_bytes``, with what says where entries belong; ``sparsity`` of the sparse parts. ``histograms``
-    has those of each layer's weights before and after, between ``-limit`` and ``limit``.
+    has those of each layer's weights before and after, between ``-limit`` and ``limit``, the largest of the
+    dense ones; what lies beyond counts in the outermost bins.
     """
 
     model: nn.Module
@@ -105,10 +106,16 @@ def lowrank_sparse(
             raise ValueError(f"lowrank_sparse: storage must be in (0, 1], got {storage}")
         fraction = storage if method == "lowrank" else fraction
     _check(sparsity, epochs, prune_epochs, sparsity_schedule, criterion)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    taught = Distillation(teacher, alpha=alpha, temperature=temperature, direction=direction)
     # What S will hold in the end: of what is stored, what L leaves.
     left = 1.0 - sparsity if storage is None else storage - fraction
+    if method == "lowrank-sparse" and init == "masking" and not 0.0 < left < 1.0:
+        raise ValueError(
+            "lowrank_sparse: init='masking' fits L to what S will not hold: the share S keeps must be in "
+            f"(0, 1), got {left:.4g} from {'sparsity' if storage is None else 'storage'}"
+        )
+    outliers = min(max(left, 1e-6), 1 - 1e-6)  # a number that is not used must be sound, too
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    taught = Distillation(teacher, alpha=alpha, temperature=temperature, direction=direction)
     result = parts_of(
         model,
         method=method,
@@ -116,14 +123,18 @@ def lowrank_sparse(
         mode=mode,
         init=init,
         fraction=fraction,
-        outliers=min(max(left, 1e-6), 1 - 1e-6),
+        outliers=outliers,
         iterations=iterations,
+        storage=storage,
         exclude=exclude,
         example_inputs=example_inputs,
     )
     small, report = result
     before = _histograms(small, teacher, report)
-    attached: list[Callback] = [taught]
+    begun: dict[str, Any] = {"method": method, "mode": mode, "init": init, "fraction": fraction}
+    begun["low_rank"] = low_rank if isinstance(low_rank, str) else dict(low_rank)
+    begun |= {"outliers": outliers, "iterations": iterations}
+    attached: list[Callback] = [taught, _Begun(begun)]
     if method != "lowrank":
         pruner = GlobalPruner(small, criterion=criterion)
         final = sparsity if storage is None else _sparsity_for(storage, small, pruner)
@@ -146,6 +157,16 @@ def lowrank_sparse(
     report.details["lowrank_sparse"] = {"method": method, **stored(small)}
     report.details["histograms"] = _histograms(small, teacher, report, before)
     return LowRankSparseResult(small, report, history)
+
+
+class _Begun(Callback):
+    """What a run began with: with another start a checkpoint is of another run."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def settings(self) -> dict[str, Any]:
+        return self.options
 
 
 def _check(

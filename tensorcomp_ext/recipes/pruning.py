@@ -23,8 +23,8 @@ class GlobalPruner:
     """Masks the smallest entries of the sparse parts of a network, all layers against each other.
 
     What is masked stays so, but for masks loaded from a state. Of several processes the first of ``group``
-    decides, and the others take its masks. Costs a few passes over all sparse parts, and as much memory again
-    as they take.
+    decides, and the others take its masks. Costs a few passes over all sparse parts, and for a moment some
+    seven times the memory that they take.
 
     Args:
         model: with layers whose weights are in format "lowrank_sparse"; a wrapper such as

@@ -9,11 +9,13 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tensorcomp_ext.compress import CompressionResult, compress
+from tensorcomp_ext.compress.calls import trace
 from tensorcomp_ext.compress.selection import as_patterns, considered, matches
 from tensorcomp_ext.formats import balanced_modes, get_format
 from tensorcomp_ext.formats._network import NetworkFormat
 from tensorcomp_ext.formats._sparse import NO_LOW_RANK, LowRankOptions
 from tensorcomp_ext.ranks import Ratio, rank_layout
+from tensorcomp_ext.ranks.layouts import Pixels
 
 Method = Literal["lowrank-sparse", "sparse", "lowrank"]
 METHODS: tuple[Method, ...] = ("lowrank-sparse", "sparse", "lowrank")
@@ -30,6 +32,7 @@ def parts_of(
     fraction: float = 0.1,
     outliers: float = 0.1,
     iterations: int = 300,
+    storage: float | None = None,
     exclude: str | Iterable[str] | None = None,
     example_inputs: Any = None,
 ) -> CompressionResult:
@@ -45,11 +48,15 @@ def parts_of(
         low_rank: format of the low-rank part, or a mapping from "conv" and "linear" to formats.
         mode, init, outliers, iterations: as :class:`..formats.LowRankSparse` takes them.
         fraction: share of a layer's dense weights that its low-rank part may take.
-        exclude: patterns of layers to leave dense; None for the last convolution or linear layer.
+        storage: share of the layers' dense weights that low-rank and sparse parts may take in the end; None
+            for any.
+        exclude: patterns of layers to leave dense; None for the convolution or linear layer that
+            ``example_inputs`` call last, without them for the last one in the network's order.
         example_inputs: as ``compress`` takes them.
 
     Raises:
-        ValueError, TypeError: options that do not fit, and as ``compress``.
+        ValueError, TypeError: options that do not fit, and as ``compress``; a ``storage`` that the low-rank
+            parts alone exceed. All before anything is decomposed.
     """
     if method not in METHODS:
         raise ValueError(f"parts_of: method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -65,14 +72,16 @@ def parts_of(
             f"names, got {low_rank!r}"
         )
     found = {n: m for n, m in considered(model) if isinstance(m, (_ConvNd, nn.Linear))}
-    excluded = (list(found)[-1:] if exclude is None else as_patterns(exclude, "exclude")) if found else []
+    excluded = as_patterns(exclude, "exclude") if exclude is not None else _last(model, found, example_inputs)
     formats: dict[Any, Any] = {}
     ranks: dict[str, Any] = {}
     reasons: dict[str, str] = {}
+    numel = taken = 0
     for name, layer in found.items():
         if matches(name, excluded) or not _plain(layer):
             continue
-        inner, options, reason = _low_rank_part(layer, low_rank, method, fraction)
+        inner, options, reason, factors = _low_rank_part(layer, low_rank, method, fraction)
+        numel, taken = numel + layer.weight.numel(), taken + factors
         if method == "lowrank":
             if reason:
                 reasons[name] = f"left dense: {reason}"
@@ -90,6 +99,11 @@ def parts_of(
         raise ValueError(
             f"parts_of: there is no layer to compress; excluded are {', '.join(excluded) or 'none'}"
         )
+    if storage is not None and method == "lowrank-sparse" and taken > storage * numel:
+        raise ValueError(
+            f"parts_of: storage must be at least {taken / numel:.4f}, which the low-rank parts take, got "
+            f"{storage}"
+        )
     result = compress(model, format=formats, rank=ranks, exclude=excluded, example_inputs=example_inputs)
     for entry in result.report.layers:
         remark = reasons.get(entry.name)
@@ -100,6 +114,14 @@ def parts_of(
     return result
 
 
+def _last(model: nn.Module, found: Mapping[str, nn.Module], example_inputs: Any) -> list[str]:
+    """The layer whose outputs are the network's, as far as can be known."""
+    if example_inputs is None:
+        return list(found)[-1:]
+    called = [name for name, calls in trace(model, found, example_inputs)[1].items() if calls]
+    return (called or list(found))[-1:]
+
+
 def _plain(layer: nn.Module) -> bool:
     """Whether this is a layer of torch.nn with a weight of its own; of others ``compress`` says more."""
     weight = layer._parameters.get("weight")
@@ -108,14 +130,14 @@ def _plain(layer: nn.Module) -> bool:
 
 def _low_rank_part(
     layer: Any, low_rank: LowRank, method: Method, fraction: float
-) -> tuple[str, dict[str, Any], str]:
-    """Format and options of a layer's low-rank part, or "none" and the reason, if the method has one."""
+) -> tuple[str, dict[str, Any], str, int]:
+    """Format and options of a layer's low-rank part, or "none" and a reason; its weights."""
     if method == "sparse":
-        return NO_LOW_RANK, {}, ""
+        return NO_LOW_RANK, {}, "", 0
     kind = "linear" if isinstance(layer, nn.Linear) else "conv"
     name = low_rank if isinstance(low_rank, str) else low_rank[kind]
     if name == NO_LOW_RANK:
-        return name, {}, ""
+        return name, {}, "", 0
     weight = layer.weight.detach()
     folded = _folding(name, tuple(weight.shape))
     part = LowRankOptions("parts_of", weight.shape, name, **folded)
@@ -123,8 +145,8 @@ def _low_rank_part(
     least, allowed = layout.params(layout.scaled(0.0)), fraction * weight.numel()
     if least > allowed:
         reason = f"rank 1 of {name} takes {least:,} weights, {fraction:g} of the layer is {allowed:,.0f}"
-        return NO_LOW_RANK, {}, reason
-    return name, folded, ""
+        return NO_LOW_RANK, {}, reason, 0
+    return name, folded, "", layout.params(Ratio(fraction).choose(layout, Pixels()))
 
 
 def _folding(name: str, shape: tuple[int, ...]) -> dict[str, Any]:

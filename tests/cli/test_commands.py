@@ -150,6 +150,23 @@ def test_recalibration_without_batch_normalisation_says_so(monkeypatch, weights)
     assert "warning: --recalibrate: the network has no batch normalisation" in outcome.stderr
 
 
+def test_training_goes_on_where_it_was(monkeypatch, weights, tmp_path):
+    monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: digits())
+    words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--recipe", "lowrank-sparse"]
+    words += ["--finetune-epochs", 2, "--prune-epochs", 1, "--alpha", 0.5, "--temperature", 2]
+    words += ["--resume", tmp_path / "run"]
+    run("compress", *words, "--output", tmp_path / "first", *FAST)
+    written = (tmp_path / "run").stat().st_mtime_ns
+    run("compress", *words, "--output", tmp_path / "second", *FAST)
+    assert (tmp_path / "run").stat().st_mtime_ns == written  # nothing was left to train
+    first, second = (
+        load(tmp_path / name, models.build("lenet5")).state_dict() for name in ("first", "second")
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    outcome = run("compress", *words, "--init", "masking", *FAST, code=1)
+    assert "other settings" in outcome.stderr and "'init': 'masking'" in outcome.stderr
+
+
 def test_formats_of_each_kind_of_layer(monkeypatch, weights, tmp_path):
     monkeypatch.setattr("tensorcomp_ext.data.load", lambda *args, **options: digits())
     words = ["--model", "lenet5", "--weights", weights, "--dataset", "digits", "--recipe", "lowrank-sparse"]
@@ -296,6 +313,16 @@ def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
         [*RECIPE, "--mode", "sum"],
         [*RECIPE, "--init", "zero"],
         [*RECIPE, "--sparsity", "1.5"],
+        [*RECIPE, "--sparsity", "1"],
+        [*RECIPE, "--sparsity", "nan"],
+        [*RECIPE, "--fraction", "0"],
+        [*RECIPE, "--storage", "0"],
+        [*RECIPE, "--temperature", "0"],
+        [*RECIPE, "--alpha", "2"],
+        [*RECIPE, "--prune-epochs", "3"],
+        [*RECIPE, "--resume", "/nowhere/at/all/x"],
+        ["compress", "--model", "lenet5", "--resume", "x"],
+        ["compress", "--model", "lenet5", "--alpha", "0.5"],
         [*RECIPE, "--sparsity-schedule", "linear"],
         [*RECIPE, "--criterion", "size"],
         [*RECIPE, "--criterion", "difference"],

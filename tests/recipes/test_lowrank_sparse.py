@@ -241,6 +241,48 @@ def test_same_seed_same_network_and_resuming_too(trained, dataset, mode, tmp_pat
     assert same(whole, run(None, path))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"init": "masking"}, {"low_rank": "cp"}, {"fraction": 0.2}, {"iterations": 7}, "model"],
+    ids=str,
+)
+def test_checkpoints_of_another_start_are_refused(trained, dataset, change, tmp_path):
+    path = tmp_path / "run.pt"
+    options = {"epochs": 1, "lr": 0.02, "batch_size": 40, "checkpoint": path}
+    lowrank_sparse(trained, dataset, **options)
+    before, model = path.read_bytes(), copy.deepcopy(trained)
+    if change == "model":
+        with torch.no_grad():
+            model[0].weight[0, 0, 0, 0] += 1e-3
+        change = {}
+    with pytest.raises(ValueError, match=r"run\.pt is of a run with other settings: callbacks"):
+        lowrank_sparse(model, dataset, **{**options, **change})
+    assert path.read_bytes() == before
+
+
+def test_the_layer_called_last_stays_dense(dataset):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(24, 16), nn.Linear(16, 24)
+
+        def forward(self, x):
+            return self.head(self.body(x).relu())
+
+    model, x = Turned(), torch.randn(3, 16)
+    options = {"fraction": 0.3, "low_rank": "svd"}
+    assert sorted(layers_of(parts_of(model, example_inputs=x, **options).model)) == ["body"]
+    assert sorted(layers_of(parts_of(model, **options).model)) == ["head"]
+
+
+@pytest.mark.parametrize("mode", ["additive", "masking"])
+def test_a_share_for_outliers_of_all_but_nothing(mode):
+    """Something is left to fit, however few entries a layer has."""
+    weight = torch.randn(6, 5)
+    made = LowRankSparse.from_dense(weight, 1, low_rank="svd", mode=mode, init="masking", outliers=1 - 1e-6)
+    torch.testing.assert_close(made.to_dense(), weight)
+
+
 def test_frozen_and_other_options(trained, dataset):
     model = copy.deepcopy(trained)
     result = lowrank_sparse(
@@ -292,10 +334,21 @@ def test_bad_options_are_named(trained, dataset):
         ({"epochs": 2, "prune_epochs": 0}, r"prune_epochs must be in \[1, epochs\] = \[1, 2\], got 0"),
         ({"sparsity_schedule": "linear"}, "sparsity_schedule must be one of slow-start, zhu-gupta"),
         ({"criterion": "size"}, "criterion must be one of magnitude, difference, got 'size'"),
+        ({"init": "masking", "sparsity": 0.0, "method": "lowrank-sparse"}, r"\(0, 1\), got 1 from sparsity"),
+        (
+            {"init": "masking", "storage": 0.1, "method": "lowrank-sparse"},
+            r"init='masking' .* in \(0, 1\), got 0 from storage",
+        ),
         ({"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(trained, dataset, monkeypatch, options, text):
     monkeypatch.delattr(sys.modules[stored.__module__], "parts_of")
     with pytest.raises(ValueError, match=text):
-        lowrank_sparse(trained, dataset, method="lowrank", **options)
+        lowrank_sparse(trained, dataset, **{"method": "lowrank", **options})
+
+
+def test_a_storage_that_is_too_small_is_refused_before_decomposition(trained, dataset, monkeypatch):
+    monkeypatch.setattr(sys.modules[parts_of.__module__], "compress", None)
+    with pytest.raises(ValueError, match=r"storage must be at least 0\.0\d+, which the low-rank parts take"):
+        lowrank_sparse(trained, dataset, storage=0.01, epochs=1)
