@@ -94,9 +94,18 @@ def _load_cuda() -> Support:
     return loaded
 
 
-# Decided once, at import: a plain global also stays readable to torch.compile's tracing.
+# Decided at import: a plain global also stays readable to torch.compile's tracing.
 _CPU = _load_cpu()
 _CUDA = _load_cuda()
+
+
+def outdated(op: str) -> None:
+    """Switch native code off, with one warning: the library is of other sources, its ``op`` differs."""
+    global _CPU, _CUDA
+    if _CPU.ok:
+        reason = f"{_LIBRARY.name} was built of other sources, its op {op} takes other arguments; {_REBUILD}"
+        warnings.warn(f"tensorcomp_ext: native code is off: {reason}", RuntimeWarning, stacklevel=2)
+        _CPU = _CUDA = Support(False, reason)
 
 
 def status() -> Support:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _native
 from ._transforms import transformed
 
 _LIBRARY = torch.library.Library("tensorcomp", "FRAGMENT")
@@ -15,9 +16,19 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def define(name: str, schema: str) -> None:
-    """Define ``tensorcomp::name`` unless the native library has brought it already."""
+    """Define ``tensorcomp::name`` unless the native library has brought it already.
+
+    A library that has brought it with other arguments is of other sources: native code is then switched off.
+    """
     if not hasattr(torch.ops.tensorcomp, name):
         _LIBRARY.define(name + schema)
+    elif str(getattr(torch.ops.tensorcomp, name).default._schema) != _normalized(name, schema):
+        _native.outdated(name)
+
+
+def _normalized(name: str, schema: str) -> str:
+    """The schema as torch writes it."""
+    return str(torch._C.parse_schema(f"tensorcomp::{name}{schema}"))
 
 
 def register_default(name: str, kernel: Callable[..., Any], fake: Callable[..., Any] | None) -> None:

@@ -177,7 +177,7 @@ def _fake_backward(
 
 assert set(SCHEMAS) == {_NAME, f"{_NAME}_backward"}
 # The library is loaded by now: whether it brought the op.
-_BUILT = torch._C._dispatch_has_kernel_for_dispatch_key(f"tensorcomp::{_NAME}", "CPU")
+_BUILT = _native.status().ok and torch._C._dispatch_has_kernel_for_dispatch_key(f"tensorcomp::{_NAME}", "CPU")
 register_default(_NAME, _forward, _fake_forward)
 register_default(f"{_NAME}_backward", _backward, _fake_backward)
 register_autograd(_NAME, autograd_kernel)

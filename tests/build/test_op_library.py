@@ -15,6 +15,7 @@ import torch
 
 import tensorcomp_ext
 from tensorcomp_ext import _native
+from tensorcomp_ext.ops._register import _normalized
 
 TARGET = (2, 10)
 LIBRARY = Path(tensorcomp_ext.__file__).with_name("_ops.so")
@@ -202,3 +203,53 @@ def test_cuda_library_is_off_without_a_cuda_torch() -> None:
         pytest.skip("this torch has CUDA")
     assert not _native.cuda_status().ok
     assert "no CUDA" in _native.cuda_status().reason
+
+
+def test_a_library_of_older_sources_is_left_alone() -> None:
+    """Calls that its ops would refuse in mid-call go to the reference, and one warning says what to do."""
+    script = (
+        "import warnings, torch\n"
+        "library = torch.library.Library('tensorcomp', 'FRAGMENT')\n"
+        "def load(path):\n"
+        "    if not path.endswith('_ops.so'): return\n"
+        "    library.define('lowrank_sparse_weight(Tensor a, Tensor b, Tensor values, Tensor mask, "
+        "bool masking) -> Tensor')\n"
+        "    library.define('two_factor_linear(Tensor x) -> Tensor')\n"
+        "    for op in ('lowrank_sparse_weight', 'two_factor_linear'):\n"
+        "        library.impl(op, lambda *args: 1 / 0, 'CPU')\n"
+        "torch.ops.load_library = load\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import tensorcomp_ext\n"
+        "from tensorcomp_ext import _native, ops\n"
+        "said = [str(w.message) for w in caught if 'native code is off' in str(w.message)]\n"
+        "assert len(said) == 1 and 'rebuild with `pip install' in said[0], said\n"
+        "for status in (_native.status(), _native.cuda_status()):\n"
+        "    assert not status.ok and 'built of other sources, its op ' in status.reason, status\n"
+        "a, b = torch.randn(5, 2, requires_grad=True), torch.randn(2, 7)\n"
+        "values, mask = torch.randn(5, 7), torch.rand(5, 7) < 0.5\n"
+        "w = ops.lowrank_sparse_weight(a, b, values, mask, mode='additive')\n"
+        "torch.testing.assert_close(w, a @ b + values * mask)\n"
+        "torch.testing.assert_close(torch.autograd.grad(w.sum(), a)[0], b.sum(1).expand(5, 2))\n"
+        "x = torch.randn(3, 7)\n"
+        "torch.testing.assert_close(ops.two_factor_linear(x, a, b), x @ b.T @ a.T)\n"
+    )
+    environment = {**os.environ, "TENSORCOMP_NATIVE": "1", "TENSORCOMP_EXPECT_NATIVE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_schemas_are_compared_as_torch_writes_them() -> None:
+    """Spelled otherwise is the same; what the library brings is what Python says."""
+    assert _normalized("x", "(Tensor a,  int[2] b=[1, 1] , bool c=False)->(Tensor)") == _normalized(
+        "x", "(Tensor a, int[2] b=1, bool c=False) -> Tensor"
+    )
+    assert _normalized("x", "(Tensor a) -> Tensor") != _normalized("x", "(Tensor a, int b=0) -> Tensor")
+    assert _native.status().ok
