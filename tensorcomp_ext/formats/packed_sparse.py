@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..ops import PackedSparse, check_packed, pack_sparse, unpack_mask
+from ..ops._transforms import with_numbers
 from ..reference.lowrank_sparse_linear import coordinates, segments_of
 from ._sparse import LowRankOptions, SparseFormat, check_like
 from .base import Format, Rank, as_parameter, register_format
@@ -92,12 +93,20 @@ class PackedLowRankSparse(SparseFormat):
             return values.new_zeros(self.shape)
         if self.positions.dtype == torch.uint8:
             kept = unpack_mask(self.positions, columns).flatten()
-            # Which value an entry has; shapes do not depend on the bits, so that graphs can hold this.
-            place = (kept.cumsum(0) - 1).clamp(min=0)
-            return torch.where(kept, values[place], 0).reshape(self.shape)
-        row, column = coordinates(self.offsets, self.positions, rows, columns)
-        flat = values.new_zeros(rows * columns)
-        return flat.index_put((row * columns + column,), values).reshape(self.shape)
+            if not self._counts_bits():
+                # Which value an entry has; shapes do not depend on the bits, so that graphs can hold this.
+                place = (kept.cumsum(0, dtype=torch.int32) - 1).clamp(min=0)
+                return torch.where(kept, values.index_select(0, place), 0).reshape(self.shape)
+            entries = kept.nonzero().squeeze(1)
+        else:
+            row, column = coordinates(self.offsets, self.positions, rows, columns)
+            entries = row * columns + column
+        return values.new_zeros(rows * columns).index_put((entries,), values).reshape(self.shape)
+
+    def _counts_bits(self) -> bool:
+        """Whether the places of the bits may be looked up: for no graph, and no device is waited for."""
+        traces = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        return not traces and self.positions.is_cpu and with_numbers(self.positions) is not None
 
     def to_dense(self) -> Tensor:
         """W; cost :meth:`rebuild_macs`."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sparse_cases import every_case, every_mode, expected, made
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensorcomp_ext.formats import LowRankSparse, PackedLowRankSparse
 from tensorcomp_ext.ops import pack_sparse
@@ -74,6 +75,55 @@ def test_gradients_of_packed_values() -> None:
         found = torch.autograd.grad(packed.to_dense(), packed.values, gradient)[0]
         kept = made(("tucker2", (12, 7, 3, 3), (3, 2), {}), share=share).kept
         assert torch.equal(found, gradient[kept])
+
+
+class Largest(TorchDispatchMode):
+    """Dtypes of the tensors made that have as many entries as the weight, or more."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.dtypes = entries, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.numel() >= self.entries:
+            self.dtypes.add(found.dtype)
+        return found
+
+
+def test_bits_are_unpacked_in_graphs_and_without() -> None:
+    """The same weight and gradient, and no wide index for every entry of the weight."""
+    packed = made(("none", (12, 7, 3, 3), (), {}), share=0.3).finalized()
+    assert packed.positions.dtype == torch.uint8
+    gradient, saved = torch.randn(packed.shape, dtype=torch.float64), list[torch.Tensor]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        dense = packed.sparse_dense()
+    assert saved and all(t.numel() <= packed.nnz for t in saved)
+    expected = torch.autograd.grad(dense, packed.values, gradient)[0]
+    rebuilt = torch.compile(packed.sparse_dense, backend="aot_eager", fullgraph=True)()
+    with Largest(dense.numel()) as largest:
+        traced = packed.sparse_dense()
+    assert torch.int32 in largest.dtypes and torch.int64 not in largest.dtypes
+    for other in (rebuilt, traced):
+        assert torch.equal(other, dense)
+        assert torch.equal(torch.autograd.grad(other, packed.values, gradient)[0], expected)
+    several = torch.stack([packed.values.detach(), 2 * packed.values.detach()])
+    mapped = torch.vmap(lambda v: torch.func.functional_call(Rebuilt(packed), {"weight.values": v}, ()))
+    assert torch.equal(mapped(several), torch.stack([dense, 2 * dense]).detach())
+
+
+class Rebuilt(torch.nn.Module):
+    def __init__(self, weight: PackedLowRankSparse) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.sparse_dense()
 
 
 def test_one_shot_compression_keeps_the_largest() -> None:
