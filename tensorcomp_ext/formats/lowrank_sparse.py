@@ -138,7 +138,9 @@ class LowRankSparse(SparseFormat):
     def finalized(self) -> PackedLowRankSparse:
         """The weight packed for inference, in memory of its own.
 
-        Mode "masking" becomes additive: ``(1 - M) * L + M * S = L + M * (S - L)``.
+        Mode "masking" becomes additive: ``(1 - M) * L + M * S = L + M * (S - L)``. ``S - L`` is rounded to
+        the weight's dtype, and so is its sum with L: what M keeps moves by up to ``eps (|L| + |S|)``, which
+        is much for entries of S that are far smaller than L's. Nothing else moves.
         """
         sparse, low = self.sparse.detach(), self.low_rank_dense()
         if self.mode == "masking" and low is not None:

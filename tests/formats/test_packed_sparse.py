@@ -40,6 +40,24 @@ def test_masking_becomes_additive(dtype: torch.dtype, tolerance: float) -> None:
     assert (weight.finalized().to_dense().double() - dense).norm() < tolerance * dense.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-3, 0.0])
+def test_masking_is_rounded_beside_the_low_rank_part(dtype: torch.dtype, size: float) -> None:
+    """However small S is: by no more than an entry of L and one of S are rounded."""
+    weight = made(("svd", (40, 30), 4, {}), "masking", dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        weight.sparse.mul_(size)
+    low = weight.low_rank_dense().detach().double()
+    sparse, kept = weight.sparse.detach().double(), weight.kept
+    packed = weight.finalized()
+    eps, scale = torch.finfo(dtype).eps, low.abs() + sparse.abs()
+    stored = packed.sparse_dense().detach().double()
+    assert ((stored - (sparse - low))[kept].abs() <= eps / 2 * scale[kept]).all()
+    found = packed.to_dense().detach().double()
+    assert ((found - sparse)[kept].abs() <= eps * scale[kept]).all()
+    assert torch.equal(found[~kept], low[~kept])
+
+
 @pytest.mark.parametrize("share,kind", [(0.02, "columns"), (0.2, "bitmap")])
 @pytest.mark.parametrize("shape", [(40, 130), (12, 5, 3, 3)])
 def test_the_smaller_positions_are_taken(share: float, kind: str, shape: tuple[int, ...]) -> None:
