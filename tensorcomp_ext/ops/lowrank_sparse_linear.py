@@ -87,7 +87,8 @@ def lowrank_sparse_linear(
     ``y = (x Bᵀ) Aᵀ + x Sᵀ + bias``. A weight in mode "masking" goes here with the values ``S - A B`` at the
     places that are kept. Gradients reach x, a, b, ``packed.values`` and the bias. Inside ``torch.func``
     transforms and forward-mode differentiation the reference computes, from torch operations. On CUDA the
-    kernels serve up to 32 rows; with more the reference makes the weight dense, as a layer's plans do better.
+    kernels serve up to 32 rows; with more the reference makes S dense at every call and multiplies with the
+    pair beside it, where a layer's plans keep one dense weight.
 
     Args:
         x: input ``[..., n]``, any strides.

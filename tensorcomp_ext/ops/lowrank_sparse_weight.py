@@ -71,8 +71,10 @@ def lowrank_sparse_weight(
     Returns:
         ``[m, n]``, contiguous.
 
-    Cost: ``m r n`` MACs; backward twice as many. Memory: S and M are read once, W is written once, and no
-    other tensor of their size is made in either direction.
+    Cost: ``m r n`` MACs; backward twice as many. Memory of the kernels: forward reads S and M once and writes
+    W once; backward reads W's gradient and M, on the CPU once, on CUDA once for each of the three gradients,
+    and writes that of S. No other tensor of their size is made but, on the CPU, contiguous copies of S, M or
+    W's gradient where their rows are not contiguous.
 
     Raises:
         ValueError: sizes, devices or options that do not fit; ``backend="native"`` where it cannot serve
