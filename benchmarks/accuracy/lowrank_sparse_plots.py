@@ -121,8 +121,13 @@ def start_plot(results: Mapping[str, Any], prefix: str) -> str | None:
                     axes.plot(places, values, mark, color=_COLOURS[name], markersize=4, label=label)
             axes.set_title(f"{shown}: correct of those held out, %")
             axes.set_xlabel("epoch")
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7)
+        # A format may have both starts in one mode alone.
+        handles = {
+            text: line
+            for axes in panels
+            for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7)
         return svg(figure, prefix)
 
 

@@ -223,8 +223,10 @@ def rows_of_seeds(whole):
     again = {**first, "seed": 1, "test": {"correct": first["test"]["correct"] - 10, "total": 40}}
     start = {**first, "init": "masking", "test": {"correct": 7, "total": 40}}
     larger = {**found["rows"][0], "storage_asked": 0.5, "stored": found["rows"][0]["weights"] // 2}
-    for row in (again, start, larger):
-        del row["histograms"]
+    masking = found["rows"][3]
+    others = [{**masking, "format": "cp", "init": init} for init in ("residual", "masking")]
+    for row in (again, start, larger, *others):
+        row.pop("histograms", None)
         found["rows"].append(row)
     return found
 
@@ -241,9 +243,11 @@ def test_table_of_equal_sizes(whole):
         "sparse alone",
         "low-rank + sparse, TT, additive",
         "low-rank + sparse, TT, masking",
+        "low-rank + sparse, CP, masking",
         "low rank alone, TT",
         "low rank alone, CP",
         "low-rank + sparse, TT, additive, masking start",
+        "low-rank + sparse, CP, masking, masking start",
     ]
     assert found["low rank alone, CP"] == ["–", "diverged", "–", "–"]
     right = [row["test"]["correct"] for row in results["rows"]]
@@ -295,6 +299,9 @@ def test_page_of_figures(whole, tmp_path):
     assert text.count("<figure>") == 6 + 5 and text.count("<section") == 2
     for name in ("sizes-1", "sizes-2", "starts-1", "errors-1", "weights-1-0"):
         assert f'id="{name}-' in text, name
+    starts = text[text.index('id="starts-1-') :]
+    for words in ("TT, residual start", "CP, residual start", "CP, masking start"):
+        assert starts[: starts.index("</svg>")].count(words) == 1, words
     assert 'id="starts-2-' not in text
     other = tmp_path / "other.json"
     other.write_text('{"suite": "chain", "rows": [1]}')
