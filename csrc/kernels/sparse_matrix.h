@@ -10,6 +10,8 @@ namespace tensorcomp {
 
 constexpr int64_t kSegment = 65536;  // columns that 16 bits can tell apart; wider rows are cut into segments of so many
 
+inline int64_t segments_of(int64_t columns) { return columns > kSegment ? (columns + kSegment - 1) / kSegment : 1; }
+
 struct SparseMatrix {
   int64_t m = 0, n = 0, count = 0;
   const void* values = nullptr;       // [count], row by row and by ascending column
@@ -17,7 +19,7 @@ struct SparseMatrix {
   const uint8_t* bits = nullptr;      // [m, ceil(n / 8)]: bit j % 8 of byte j / 8 is column j; or null, and then
   const uint16_t* columns = nullptr;  // [count], counted from the beginning of the segment
 
-  int64_t segments() const { return n > kSegment ? (n + kSegment - 1) / kSegment : 1; }
+  int64_t segments() const { return segments_of(n); }
   int64_t bit_row() const { return (n + 7) / 8; }
   int64_t segment_width(int64_t segment) const {
     return n - segment * kSegment < kSegment ? n - segment * kSegment : kSegment;

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../kernels/sparse_matrix.h"
 #include "tensor_utils.h"
 
 namespace tensorcomp::ops {
@@ -73,8 +74,7 @@ inline void check_sparse_weight(const char* op, const Tensor& a, const Tensor& b
 // Of a packed matrix [m, n] whose values may be of any dtype; the numbers in it are not looked at.
 inline void check_sparse_places(const char* op, int64_t m, int64_t n, const Tensor& values, const Tensor& offsets,
                                 const Tensor& positions) {
-  constexpr int64_t kColumns = 65536;  // of a segment
-  const int64_t segments = n > kColumns ? (n + kColumns - 1) / kColumns : 1;
+  const int64_t segments = segments_of(n);
   const bool bits = positions.scalar_type() == ScalarType::Byte;
   STD_TORCH_CHECK(bits || positions.scalar_type() == ScalarType::Short, op, ": positions must be uint8 or int16, got ",
                   dtype_of_tensor(positions));

@@ -52,7 +52,7 @@ struct Packed {
     }
   }
 
-  int64_t segments() const { return n > kSegment ? (n + kSegment - 1) / kSegment : 1; }
+  int64_t segments() const { return segments_of(n); }
   uint8_t* bytes() const { return static_cast<uint8_t*>(positions.get()); }
   SparseMatrix matrix() const {
     SparseMatrix s;
