@@ -74,6 +74,7 @@ struct SparseLinearBackwardParams {
 
 struct SparseLinearBackwardPlan {
   int64_t phases = 1, parts = 1;
+  int64_t row_parts = 1;  // parts that have rows of x: of few rows not all
   size_t scratch_bytes = 0;
   int64_t lanes = 0, rounds = 0;
   int64_t sums = 0, own = 0, own_words = 0;

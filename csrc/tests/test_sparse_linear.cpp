@@ -213,6 +213,8 @@ void check_backward(const Packed& s, const std::vector<Entry>& entries, int64_t 
   q.grad_x = grad_x.get();
   q.grad_values = grad_values.get();
   const SparseLinearBackwardPlan plan = kernels.linear_backward_plan(q, threads);
+  // Whatever the rows of x: those of the matrix are for all threads.
+  CHECK(plan.parts == threads && plan.row_parts <= threads);
   Bytes scratch(plan.scratch_bytes);
   q.scratch = scratch.get();
   run_phases(plan.phases, plan.parts,

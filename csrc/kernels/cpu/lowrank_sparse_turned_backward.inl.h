@@ -1,13 +1,14 @@
 // Gradients of x and of the values of a packed sparse matrix, with rows of x and of the gradient side by side. Every
-// part has rows of its own for the gradient of x, and values of its own for theirs.
+// part has values of its own for their gradient, and the first `row_parts` have rows of x for that of x.
 
 inline SparseLinearBackwardPlan sparse_linear_backward_plan(const SparseLinearBackwardParams& q, int64_t threads) {
   const SparseMatrix& s = q.sparse;
   SparseLinearBackwardPlan g;
   const int64_t most = (q.rows + Wide::kLanes - 1) / Wide::kLanes;
-  g.parts = threads < most ? threads : most;
-  g.lanes = turned_lanes((q.rows + g.parts - 1) / g.parts, s.n > s.m ? s.n : s.m);
-  g.rounds = (q.rows + g.parts * g.lanes - 1) / (g.parts * g.lanes);
+  g.parts = threads;
+  g.row_parts = threads < most ? threads : most;
+  g.lanes = turned_lanes((q.rows + g.row_parts - 1) / g.row_parts, s.n > s.m ? s.n : s.m);
+  g.rounds = (q.rows + g.row_parts * g.lanes - 1) / (g.row_parts * g.lanes);
   g.phases = 2 + 2 * g.rounds;
   int64_t at = round_up(s.bits ? (s.count + 1) / 2 : 0, 16);
   g.sums = at;
@@ -23,7 +24,7 @@ inline SparseLinearBackwardPlan sparse_linear_backward_plan(const SparseLinearBa
   g.x = take(q.grad_values ? s.n * g.lanes : 0);
   g.grad_x = take(q.grad_x ? s.n * g.lanes : 0);
   g.own_words = at;
-  g.scratch_bytes = static_cast<size_t>(g.own + g.own_words * g.parts) * 4;
+  g.scratch_bytes = static_cast<size_t>(g.own + g.own_words * g.row_parts) * 4;
   return g;
 }
 
@@ -66,7 +67,7 @@ class SparseLinearBackward {
 
  private:
   float* own(int64_t part, int64_t at) const { return memory_ + g_.own + part * g_.own_words + at; }
-  int64_t first_row(int64_t round, int64_t part) const { return (round * g_.parts + part) * g_.lanes; }
+  int64_t first_row(int64_t round, int64_t part) const { return (round * g_.row_parts + part) * g_.lanes; }
   int64_t rows_from(int64_t first) const {
     const int64_t left = q_.rows - first;
     return left < 0 ? 0 : left < g_.lanes ? left : g_.lanes;
@@ -74,6 +75,7 @@ class SparseLinearBackward {
 
   // This part's rows of a round, and their gradient.
   void turn(int64_t round) const {
+    if (part_ >= g_.row_parts) return;
     const int64_t first = first_row(round, part_), rows = rows_from(first);
     if (rows == 0) return;
     turn_rows(static_cast<const E*>(q_.grad) + first * q_.grad_row, q_.grad_row, rows, 0, s_.m, own(part_, g_.grad),
@@ -138,7 +140,7 @@ class SparseLinearBackward {
   template <int kVectors>
   void add_to_values(int64_t round) const {
     constexpr int64_t kLanes = kVectors * Wide::kLanes;
-    for (int64_t part = 0; part < g_.parts; ++part) {
+    for (int64_t part = 0; part < g_.row_parts; ++part) {
       if (rows_from(first_row(round, part)) == 0) continue;
       const float *grad = own(part, g_.grad), *x = own(part, g_.x);
       const bool adds = round > 0 || part > 0;
