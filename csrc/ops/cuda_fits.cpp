@@ -1,5 +1,6 @@
-// torch.ops.tensorcomp.cuda_fits, cuda_fits_chain and cuda_fits_embedding: the question the CUDA ops ask themselves at
-// every call, for callers that want to know before. It needs no CUDA, and is here so that every build can answer it.
+// torch.ops.tensorcomp.cuda_fits, cuda_fits_chain, cuda_fits_embedding and cuda_fits_sparse: the question the CUDA ops
+// ask themselves at every call, for callers that want to know before. It needs no CUDA, and is here so that every build
+// can answer it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
@@ -12,6 +13,7 @@
 #include "../kernels/cuda/chain_plan.h"
 #include "../kernels/cuda/convolution_shape.h"
 #include "../kernels/cuda/embedding_plan.h"
+#include "../kernels/cuda/sparse_rows.h"
 
 namespace tensorcomp::ops {
 namespace {
@@ -79,6 +81,13 @@ bool cuda_fits_embedding(std::vector<int64_t> sizes, int64_t shared_bytes) {
   return plan_embedding(p, limits_of(shared_bytes), true);
 }
 
+// How many rows go through a packed matrix of so many columns and factors of this rank; 0 where none can.
+int64_t cuda_fits_sparse(int64_t columns, int64_t rank, int64_t shared_bytes) {
+  STD_TORCH_CHECK(columns >= 0 && rank >= 0, "cuda_fits_sparse: columns and rank must be >= 0, got ", columns, " and ",
+                  rank);
+  return fits_sparse_rows(columns, rank, limits_of(shared_bytes)) ? kMostSparseRows : 0;
+}
+
 }  // namespace
 }  // namespace tensorcomp::ops
 
@@ -86,10 +95,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tensorcomp, m) {
   m.def("cuda_fits(int[] sizes, bool depthwise, int element_size, int shared_bytes) -> bool");
   m.def("cuda_fits_chain(int[] program, int element_size, int shared_bytes) -> bool");
   m.def("cuda_fits_embedding(int[] sizes, int shared_bytes) -> bool");
+  m.def("cuda_fits_sparse(int columns, int rank, int shared_bytes) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensorcomp, CompositeExplicitAutograd, m) {
   m.impl("cuda_fits", TORCH_BOX(&tensorcomp::ops::cuda_fits));
   m.impl("cuda_fits_chain", TORCH_BOX(&tensorcomp::ops::cuda_fits_chain));
   m.impl("cuda_fits_embedding", TORCH_BOX(&tensorcomp::ops::cuda_fits_embedding));
+  m.impl("cuda_fits_sparse", TORCH_BOX(&tensorcomp::ops::cuda_fits_sparse));
 }

@@ -186,9 +186,6 @@ def embedding_support(indices: Tensor, cores: Sequence[Tensor]) -> Support:
     return loaded
 
 
-MOST_SPARSE_ROWS = 32
-
-
 def sparse_support(x: Tensor, columns: int, rank: int, rows: int) -> Support:
     """Whether the CUDA kernels take ``rows`` rows through a packed matrix and factors of a rank.
 
@@ -199,15 +196,16 @@ def sparse_support(x: Tensor, columns: int, rank: int, rows: int) -> Support:
     loaded = support(x.dtype, x.device)
     if not loaded.ok or _is_compiling():
         return loaded  # in a compiled graph the op itself decides by sizes
-    if rows > MOST_SPARSE_ROWS:
-        return Support(
-            False,
-            f"the native CUDA kernel is for up to {MOST_SPARSE_ROWS} rows, not {rows}: with more of them the "
-            "dense weight takes less time",
-        )
-    if 4 * (columns + rank) > _shared_bytes(x.device):
+    most = _fits_sparse(columns, rank, _shared_bytes(x.device))
+    if most == 0:
         return Support(
             False, f"{columns} columns and rank {rank} do not fit the shared memory of this device"
+        )
+    if rows > most:
+        return Support(
+            False,
+            f"the native CUDA kernel is for up to {most} rows, not {rows}: with more of them the dense "
+            "weight takes less time",
         )
     return loaded
 
@@ -236,3 +234,8 @@ def _fits_chain(program: tuple[int, ...], element_size: int, shared_bytes: int) 
 @lru_cache(maxsize=4096)
 def _fits_embedding(sizes: tuple[int, ...], shared_bytes: int) -> bool:
     return bool(torch.ops.tensorcomp.cuda_fits_embedding(sizes, shared_bytes))
+
+
+@lru_cache(maxsize=4096)
+def _fits_sparse(columns: int, rank: int, shared_bytes: int) -> int:
+    return int(torch.ops.tensorcomp.cuda_fits_sparse(columns, rank, shared_bytes))

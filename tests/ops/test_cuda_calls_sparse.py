@@ -16,7 +16,6 @@ from tucker2_problems import relative
 from tensorcomp_ext import _native
 from tensorcomp_ext.formats import SVD, LowRankSparse
 from tensorcomp_ext.ops import lowrank_sparse_weight
-from tensorcomp_ext.ops._cuda import MOST_SPARSE_ROWS
 from tensorcomp_ext.ops._lowrank_sparse_weight_autograd import native_weight
 from tensorcomp_ext.ops.lowrank_sparse_linear import native_support as linear_support
 from tensorcomp_ext.ops.lowrank_sparse_weight import native_support
@@ -99,7 +98,7 @@ def test_which_layers_the_kernels_take() -> None:
         x = torch.empty(4, 8, 100, device="cuda")
         a, b = torch.empty(50, 6, device="cuda"), torch.empty(6, 100, device="cuda")
         assert linear_support(x, a, b).ok
-        assert linear_support(x, a, b, MOST_SPARSE_ROWS).ok
+        assert linear_support(x, a, b, 32).ok
         refused = linear_support(x, a, b, 33)
         assert (
             not refused.ok and "is for up to 32 rows, not 33: with more of them the dense" in refused.reason
@@ -111,3 +110,13 @@ def test_which_layers_the_kernels_take() -> None:
         assert "not torch.float64" in linear_support(x.double(), a.double(), b.double()).reason
         none = torch.empty(0, 6, device="cuda")
         assert linear_support(x, none, b).reason == "there are no features to multiply"
+
+
+@pytest.mark.native
+def test_how_many_rows_fit() -> None:
+    """A row's columns and ranks in float32 are the least that a block holds."""
+    fits = torch.ops.tensorcomp.cuda_fits_sparse
+    assert fits(1000, 24, 4096) == fits(0, 0, 0) == 32
+    assert fits(1000, 25, 4096) == fits(2**62, 2**62, 4096) == 0
+    with pytest.raises(RuntimeError, match="columns and rank must be >= 0, got -1 and 2"):
+        fits(-1, 2, 4096)
