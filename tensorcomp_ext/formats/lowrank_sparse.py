@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..ops import pack_mask, pack_sparse, unpack_mask
+from ..ops.lowrank_sparse_packing import positions_bytes
 from ..ops.lowrank_sparse_weight import tried_weight
 from ._sparse import LowRankOptions, SparseFormat, check_sparse
 from .base import Format, Rank, as_parameter, register_format
 from .forms import SparseSum
-from .packed_sparse import PackedLowRankSparse, positions_bytes
+from .packed_sparse import PackedLowRankSparse
 
 MODES = ("additive", "masking")
 OPTIONS = frozenset(

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from ..ops import PackedSparse, check_packed, pack_sparse, unpack_mask
 from ..ops._transforms import with_numbers
+from ..ops.lowrank_sparse_packing import takes_bitmap
 from ..reference.lowrank_sparse_linear import coordinates, segments_of
 from ._sparse import LowRankOptions, SparseFormat, check_like
 from .base import Format, Rank, as_parameter, register_format
@@ -241,16 +242,6 @@ class PackedLowRankSparse(SparseFormat):
         except (ValueError, TypeError) as error:
             return str(error)
         return None
-
-
-def takes_bitmap(rows: int, columns: int, nnz: int) -> bool:
-    """Whether one bit an entry takes no more than 16 bits a value."""
-    return rows * ((columns + 7) // 8) <= 2 * nnz
-
-
-def positions_bytes(rows: int, columns: int, nnz: int) -> int:
-    """Bytes that say where the values of a packed matrix belong."""
-    return min(rows * ((columns + 7) // 8), 2 * nnz) + 4 * (rows * segments_of(columns) + 1)
 
 
 def _spread(values: Tensor, rows: int, columns: int, positions: Positions | None) -> PackedSparse:

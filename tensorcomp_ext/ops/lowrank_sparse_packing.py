@@ -71,13 +71,29 @@ def pack_sparse(values: Tensor, mask: Tensor, *, positions: str | None = None) -
     counts = torch.bincount(row * segments + column // SEGMENT, minlength=m * segments)
     offsets = torch.zeros(m * segments + 1, dtype=torch.int32, device=values.device)
     offsets[1:] = counts.cumsum(0)
-    bitmap = m * ((n + 7) // 8) <= 2 * row.shape[0] if positions is None else positions == "bitmap"
+    bitmap = takes_bitmap(m, n, row.shape[0]) if positions is None else positions == "bitmap"
     if bitmap:
         places = pack_mask(kept)
     else:
         within = column % SEGMENT
         places = torch.where(within < SEGMENT // 2, within, within - SEGMENT).to(torch.int16)
     return PackedSparse(values[row, column], offsets, places, n)
+
+
+def takes_bitmap(rows: int, columns: int, nnz: int) -> bool:
+    """Whether one bit an entry takes no more than 16 bits a value."""
+    bitmap, listed = _bytes_of_places(rows, columns, nnz)
+    return bitmap <= listed
+
+
+def positions_bytes(rows: int, columns: int, nnz: int) -> int:
+    """Bytes of a packed matrix beside its values: offsets, and the smaller of the positions."""
+    return min(_bytes_of_places(rows, columns, nnz)) + 4 * (rows * segments_of(columns) + 1)
+
+
+def _bytes_of_places(rows: int, columns: int, nnz: int) -> tuple[int, int]:
+    """Of positions as bits, and as columns."""
+    return rows * ((columns + 7) // 8), 2 * nnz
 
 
 def unpack_sparse(packed: PackedSparse) -> tuple[Tensor, Tensor]:
