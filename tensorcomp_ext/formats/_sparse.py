@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Format, Rank, Table, check_factor, get_format
+from .base import Format, Rank, Table, check_factor, format_names, get_format
 from .forms import TwoFactor
 from .merge import MatrixCut, matrix_cut
 
@@ -50,12 +50,13 @@ class LowRankOptions:
             return
         if self.name == "svd" and kind == "conv":
             kind, self.shape = "linear", (shape[0], math.prod(shape[1:]))
-        try:
-            self.cls = get_format(self.name, kind)
-        except ValueError as error:
-            raise ValueError(f"{owner}: low_rank: {error}") from error
-        if issubclass(self.cls, SparseFormat):
-            raise ValueError(f"{owner}: low_rank must be a format without a sparse part, got {self.name!r}")
+        names = [n for n in format_names(kind) if not issubclass(get_format(n), SparseFormat)]
+        if self.name not in names:
+            raise ValueError(
+                f"{owner}: low_rank must be a format without a sparse part for {kind} layers, "
+                f"{', '.join(names)} or {NO_LOW_RANK}, got {self.name!r}"
+            )
+        self.cls = get_format(self.name, kind)
 
     def check_rank(self, owner: str, rank: Rank) -> Rank:
         """The rank in canonical form; ``()`` without a low-rank part."""

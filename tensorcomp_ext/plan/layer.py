@@ -114,10 +114,15 @@ class PlannedLayer(nn.Module, ABC):
 
         Args:
             training: list for calls with gradients; None: as a call now would be.
+
+        Raises:
+            ValueError, TypeError: an input that the layer does not take.
         """
         from .select import candidates
 
-        return candidates(self, self.case(self.as_batch(x), training))
+        batched = self.as_batch(x)
+        self.check_input(batched)
+        return candidates(self, self.case(batched, training))
 
     def clear_cache(self) -> None:
         """Drop prepared weights; needed after a write through ``Tensor.data`` between inference calls."""

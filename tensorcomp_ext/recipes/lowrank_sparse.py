@@ -21,7 +21,7 @@ from tensorcomp_ext.nn import FactorizedLayer
 from .callbacks import Callback
 from .distillation import Direction, Distillation
 from .pruning import CRITERIA, Criterion, GlobalPruner, GradualPruning
-from .settings import Epoch
+from .settings import Epoch, check_run
 from .sparse_start import LowRank, Method, parts_of
 from .sparsity import SPARSITY_SCHEDULES
 from .train import train
@@ -80,7 +80,7 @@ def lowrank_sparse(
 
     Args:
         model: trained; it is not changed, and is the teacher.
-        dataset: to train on.
+        dataset: to train on; ``data.load`` reads some, and any uint8 images make a ``data.Dataset``.
         method: "lowrank-sparse"; or, to compare with, "sparse" (no L, pruned and trained in the same way) or
             "lowrank" (no S: decomposed and trained in the same way).
         low_rank, mode, init, fraction, iterations, exclude, example_inputs: as :func:`.parts_of`.
@@ -105,6 +105,7 @@ def lowrank_sparse(
         if not 0.0 < storage <= 1.0:
             raise ValueError(f"lowrank_sparse: storage must be in (0, 1], got {storage}")
         fraction = storage if method == "lowrank" else fraction
+    check_run("lowrank_sparse", dataset, epochs)
     _check(sparsity, epochs, prune_epochs, sparsity_schedule, criterion)
     # What S will hold in the end: of what is stored, what L leaves.
     left = 1.0 - sparsity if storage is None else storage - fraction

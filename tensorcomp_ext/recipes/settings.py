@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tensorcomp_ext.data import Dataset
+
 from .evaluate import Accuracy
 from .schedule import SCHEDULES
 
@@ -45,6 +47,17 @@ class Epoch:
         """The inverse of `to_dict`."""
         test = None if entry["test"] is None else Accuracy(*entry["test"])
         return cls(**{**entry, "train": Accuracy(*entry["train"]), "test": test})
+
+
+def check_run(name: str, dataset: Any, epochs: Any) -> None:
+    """TypeError for another object than a ``Dataset``, and for epochs that are no int."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name}: dataset must be a tensorcomp_ext.data.Dataset, as tensorcomp_ext.data.load gives it, "
+            f"got {type(dataset).__name__}"
+        )
+    if not isinstance(epochs, int) or isinstance(epochs, bool):
+        raise TypeError(f"{name}: epochs must be an int, got {epochs!r}")
 
 
 class TrainResult(NamedTuple):

@@ -140,7 +140,13 @@ def _low_rank_part(
         return name, {}, "", 0
     weight = layer.weight.detach()
     folded = _folding(name, tuple(weight.shape))
-    part = LowRankOptions("parts_of", weight.shape, name, **folded)
+    try:
+        part = LowRankOptions("parts_of", weight.shape, name, **folded)
+    except ValueError as error:
+        if not isinstance(low_rank, str):
+            raise
+        hint = "low_rank={'conv': ..., 'linear': ...} names one for each kind of layer"
+        raise ValueError(f"{error}; {hint}") from error
     layout = rank_layout(weight.reshape(part.shape), name, **folded)
     least, allowed = layout.params(layout.scaled(0.0)), fraction * weight.numel()
     if least > allowed:

@@ -20,7 +20,7 @@ from .callbacks import Callback, TrainState
 from .checkpoint import check_settings, load_model_state, read_checkpoint, write_checkpoint
 from .evaluate import Accuracy, device_of, evaluate, modes_kept
 from .schedule import SCHEDULES
-from .settings import Epoch, Settings, TrainResult
+from .settings import Epoch, Settings, TrainResult, check_run
 
 Progress = Callable[[TrainState], None]
 
@@ -76,8 +76,10 @@ def train(
         checkpoint: file written atomically after every epoch, and resumed from where it exists.
 
     Raises ValueError for impossible arguments or a checkpoint of other settings, another model or damaged,
-    all before anything is changed; RuntimeError when the loss is no longer finite, naming the epoch.
+    TypeError for another dataset than a `Dataset`, all before anything is changed; RuntimeError when the loss
+    is no longer finite, naming the epoch.
     """
+    check_run("train", dataset, epochs)
     wants_augment = dataset.name == "cifar10" if augment is None else augment
     settings = Settings(
         dataset=dataset.name,

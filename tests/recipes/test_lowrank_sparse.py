@@ -309,8 +309,16 @@ def test_bad_options_are_named(trained, dataset):
         parts_of(trained, fraction=0)
     with pytest.raises(ValueError, match="there is no layer to compress; excluded are "):
         parts_of(trained, exclude="*")
-    with pytest.raises(ValueError, match="low_rank: format must be one of"):
+    with pytest.raises(ValueError, match=r"low_rank must be a format .* got 'nothing'; low_rank=\{'conv'"):
         parts_of(trained, low_rank="nothing")
+    for data, epochs, text in (
+        (torch.zeros(3), 1, "dataset must be a .*Dataset"),
+        (dataset, 1.5, "epochs must"),
+    ):
+        with pytest.raises(TypeError, match=f"lowrank_sparse: {text}"):
+            lowrank_sparse(trained, data, epochs=epochs)
+        with pytest.raises(TypeError, match=f"train: {text}"):
+            recipes.train(trained, data, epochs=epochs)
     with pytest.raises(ValueError, match="mode must be 'additive' or 'masking'"):
         parts_of(trained, mode="sum")
     with pytest.raises(ValueError, match=r"storage must be in \(0, 1\], got 2"):
