@@ -94,11 +94,11 @@ Tensor lowrank_sparse_linear(const Tensor& x, const Tensor& a, const Tensor& b, 
   STD_TORCH_CHECK(plan_sparse_forward(p, device.limits()), kName, ": no plan for what fits");
   const Tensor low = matmul(matrix_of(x, rows, n), turned(b));
   const Tensor left = a.size(1) == 1 || a.stride(1) == 1 ? a : torch::stable::contiguous(a);
-  const std::optional<Tensor> kept = bias.has_value() ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
+  const Tensor kept = dense(bias.has_value() ? *bias : values);  // of the values nothing is read
   p.low = source_of(low);
   p.a = left.const_data_ptr();
   p.a_row = left.stride(0);
-  if (kept.has_value()) p.bias = kept->const_data_ptr();
+  if (bias.has_value()) p.bias = kept.const_data_ptr();
   p.y = y.mutable_data_ptr();
   TC_CHECK_LAUNCH(launch_sparse_forward(p, device.stream()));
   return y;
