@@ -122,7 +122,7 @@ def compress(
     ] = "teacher-student",
     resume: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Training writes this after every epoch, and goes on from it."),
+        typer.Option(dir_okay=False, help="Recipe: written after every epoch, and gone on from."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of that training and of the images to recalibrate on.")] = 0,
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the network here.")] = None,
@@ -161,8 +161,8 @@ def compress(
         raise typer.BadParameter("fine-tuning needs --data", param_hint="--finetune-epochs")
     if recalibrate and data_dir is None and dataset != "digits":
         raise typer.BadParameter("recalibration needs --data", param_hint="--recalibrate")
-    if resume is not None and not finetune_epochs:
-        raise typer.BadParameter("there is no training without --finetune-epochs", param_hint="--resume")
+    if resume is not None and procedure is None:  # of fine-tuning alone a checkpoint does not say the start
+        raise typer.BadParameter("this is for --recipe, which is not given", param_hint="--resume")
     for path in (output, html, resume):
         _check_folder(path)
     screen = Screen(as_json)

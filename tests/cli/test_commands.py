@@ -322,6 +322,7 @@ def test_tune_keeps_its_choice_in_the_file(checkpoint, tmp_path):
         [*RECIPE, "--prune-epochs", "3"],
         [*RECIPE, "--resume", "/nowhere/at/all/x"],
         ["compress", "--model", "lenet5", "--resume", "x"],
+        ["compress", "--model", "lenet5", "--resume", "x", "--finetune-epochs", "1", "--dataset", "digits"],
         ["compress", "--model", "lenet5", "--alpha", "0.5"],
         [*RECIPE, "--sparsity-schedule", "linear"],
         [*RECIPE, "--criterion", "size"],

@@ -1,5 +1,5 @@
 // torch.ops.tensorcomp.lowrank_sparse_linear and its backward op for CUDA, for few rows: products with the factors by
-// the library, all that is sparse in kernels of ours. More rows go to the oracle, which makes the weight dense.
+// the library, all that is sparse in kernels of ours. More rows go to the oracle, which makes the sparse part dense.
 // Schemas, fake kernels and autograd are in tensorcomp_ext/ops.
 
 #include <limits>
