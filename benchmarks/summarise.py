@@ -17,6 +17,14 @@ from tensorcomp_ext.bench.chain_summary import chain_lines
 from tensorcomp_ext.bench.device_summary import network_table, never_slower_line
 from tensorcomp_ext.bench.embedding_summary import embedding_table
 from tensorcomp_ext.bench.equal_size_summary import EQUAL_SIZE, equal_size_lines, equal_size_table
+from tensorcomp_ext.bench.experiment_summary import (
+    EXPERIMENTS,
+    RING_TIMES,
+    experiment_lines,
+    experiment_table,
+    ring_times_lines,
+    ring_times_table,
+)
 from tensorcomp_ext.bench.sparse_summary import sparse_lines, sparse_tables
 from tensorcomp_ext.bench.suite import read_results
 from tensorcomp_ext.bench.tables import bfloat16_table, markdown, overhead_table, rows_table, summary_table
@@ -115,6 +123,12 @@ def section(path: Path) -> str:
     if results.get("suite") == EQUAL_SIZE:
         lines = "\n".join(f"- {line}" for line in equal_size_lines(results))
         return f"{lines}\n\n{markdown(equal_size_table(results))}"
+    if results.get("suite") in EXPERIMENTS:
+        lines = "\n".join(f"- {line}" for line in experiment_lines(results))
+        return f"{lines}\n\n{markdown(experiment_table(results))}"
+    if results.get("suite") == RING_TIMES:
+        lines = "\n".join(f"- {line}" for line in ring_times_lines(results))
+        return f"{lines}\n\n{markdown(ring_times_table(results))}"
     return latency_section(read_results(path))
 
 

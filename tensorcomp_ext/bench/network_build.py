@@ -15,7 +15,6 @@ from .. import models
 from ..nn import FactorizedConv2d, FactorizedLayer, FactorizedLinear
 from .network_schemes import BLOCK, MLP, Target, get_scheme
 
-_CHANNELS = {"lenet5": 1}
 TOKENS = 197
 
 
@@ -42,7 +41,7 @@ def inputs(name: str, batch: int, dtype: torch.dtype, device: str) -> Tensor:
     if name == BLOCK:
         return torch.randn(batch, TOKENS, 384, generator=generator).to(device, dtype)
     size = models.image_size(name)
-    x = torch.randn(batch, _CHANNELS.get(name, 3), size, size, generator=generator)
+    x = torch.randn(batch, models.image_channels(name), size, size, generator=generator)
     return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 

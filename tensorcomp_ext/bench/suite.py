@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tensorcomp_ext.compress.atomic import replacing
+
 from .candidates import COMPILED
 from .cases import LAYOUTS, development_cases
 from .chain_summary import against_dense
@@ -247,12 +249,8 @@ def _again(settings: Settings, probe: Probe) -> dict[str, Any]:
 def write_json(path: Path, data: Any) -> None:
     """Write whole or not at all: a temporary file beside it, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as written:
+        written.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def read_results(path: Path) -> dict[str, Any]:

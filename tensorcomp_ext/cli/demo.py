@@ -14,9 +14,10 @@ from torch import nn
 from tensorcomp_ext import data, models, recipes
 from tensorcomp_ext.cli import plots
 from tensorcomp_ext.cli.common import Screen, check_model, parse_batches, warn_of_loss
-from tensorcomp_ext.cli.compress import IMAGE_SIZE, example, state_bytes, summary_table
 from tensorcomp_ext.cli.html import environment, write_html
+from tensorcomp_ext.cli.networks import IMAGE_SIZE, example
 from tensorcomp_ext.cli.spectra import add_spectra
+from tensorcomp_ext.cli.summary import state_bytes, summary_table
 from tensorcomp_ext.compress.latency import measure_network
 from tensorcomp_ext.compress.measure import refresh
 from tensorcomp_ext.compress.report import Report
@@ -49,7 +50,10 @@ LESSONS = {
     "digits": Lesson(epochs=8, batch=64, tuning_epochs=2),
     "mnist": Lesson(epochs=2, batch=128),
     "fashion-mnist": Lesson(epochs=2, batch=128),
+    "kmnist": Lesson(epochs=2, batch=128),
     "cifar10": Lesson(epochs=5, batch=128, decay=0.02),
+    "cifar100": Lesson(epochs=5, batch=128, decay=0.02),
+    "svhn": Lesson(epochs=2, batch=128, decay=0.02),
 }
 
 
@@ -113,7 +117,7 @@ def demo(
     size = IMAGE_SIZE.get(model, 32 if dataset == "digits" or model == "vgg16" else None)
     images = data.load(dataset, data_dir, size=size).first(train=train_images)
     options: dict[str, Any] = {"num_classes": len(images.classes), "in_channels": images.channels}
-    if model == "lenet5":
+    if model in ("lenet5", "mlp"):
         options["input_size"] = images.image_size[0]
     lesson = LESSONS[dataset]
     output.mkdir(parents=True, exist_ok=True)

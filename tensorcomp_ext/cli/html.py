@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from markupsafe import Markup
 
 from tensorcomp_ext.cli import plots, report_plots
 from tensorcomp_ext.cli.info import gather
+from tensorcomp_ext.compress.atomic import replacing
 from tensorcomp_ext.compress.latency import Latency
 from tensorcomp_ext.compress.report import LayerReport, Report
 
@@ -23,6 +21,7 @@ STAGES = {
     "decomposed": "after decomposition",
     "recalibrated": "after recalibrating batch normalisation",
     "finetuned": "after fine-tuning",
+    "trained": "after training",
 }
 _DASH = "–"
 
@@ -58,26 +57,17 @@ def write_html(path: str | Path, results: Mapping[str, Any]) -> None:
         results: "title": str; "description": paragraphs and "environment": names to values (both optional);
             "runs": list of mappings with "name"; "report": a Report or its `to_dict()`; "notes": paragraphs
             (optional); and, where they are not in the report's details, "accuracy": stage -> {"correct",
-            "total"} with the stages before, decomposed, recalibrated, finetuned; "latency": batch size ->
-            {"dense", "compressed"} -> {"p10", "p50", "p90"} in seconds; "bytes" and "files": {"before",
-            "after"}; "spectra" as `spectra.add_spectra` and "histograms" as `recipes.lowrank_sparse` write
-            them. "sweep": the points of `sweep.sweep`
+            "total"} with the stages before, decomposed, recalibrated, finetuned, trained; "latency": batch
+            size -> {"dense", "compressed"} -> {"p10", "p50", "p90"} in seconds; "bytes" and "files":
+            {"before", "after"}; "spectra" as `spectra.add_spectra` and "histograms" as
+            `recipes.lowrank_sparse` write them. "sweep": the points of `sweep.sweep`
             (optional), in place of runs or beside them.
 
     Raises ValueError where there is no run or a report is none; OSError where the file cannot be written.
     """
     text = render(results)
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as written:
+        written.write_text(text, encoding="utf-8")
 
 
 def render(results: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from tensorcomp_ext.cli.common import Commands
 from tensorcomp_ext.cli.compress import compress
 from tensorcomp_ext.cli.demo import demo
 from tensorcomp_ext.cli.info import info
+from tensorcomp_ext.cli.recipes import RecipeCommand
 from tensorcomp_ext.cli.report import report
 from tensorcomp_ext.cli.tune import tune
 
@@ -21,5 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, compress, bench, tune, report, info):
+app.command()(demo)
+app.command(cls=RecipeCommand)(compress)
+for command in (bench, tune, report, info):
     app.command()(command)

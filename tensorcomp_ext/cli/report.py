@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from tensorcomp_ext.cli.common import Screen
-from tensorcomp_ext.cli.compress import summary_table
 from tensorcomp_ext.cli.html import write_report
+from tensorcomp_ext.cli.summary import summary_table
 from tensorcomp_ext.compress.checkpoint import Header
 from tensorcomp_ext.compress.storage import read_header
 

@@ -14,8 +14,8 @@ from torch import nn
 from tensorcomp_ext import data, recipes
 from tensorcomp_ext.bench.suite import write_json
 from tensorcomp_ext.cli.common import Screen, Tick, check_model, parse_rank
-from tensorcomp_ext.cli.compress import example, load_images, load_network
 from tensorcomp_ext.cli.html import environment, write_html
+from tensorcomp_ext.cli.networks import example, load_images, load_network
 from tensorcomp_ext.compress.latency import Latency, measure_network
 from tensorcomp_ext.compress.surgery import compress, count_parameters
 from tensorcomp_ext.plan import tune

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tensorcomp_ext import models
 from tensorcomp_ext.cli.common import Screen, build_from, check_model, parse_batches
-from tensorcomp_ext.cli.compress import example
+from tensorcomp_ext.cli.networks import example
 from tensorcomp_ext.compress.calls import trace
 from tensorcomp_ext.compress.measure import refresh
 from tensorcomp_ext.compress.selection import considered

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from tensorcomp_ext.compress.latency import evaluating
 from tensorcomp_ext.plan.examples import call_model
+from tensorcomp_ext.plan.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def dense_macs(layer: nn.Module, call: Call) -> int | None:
 
 
 @contextmanager
-def _quiet(*models: nn.Module) -> Iterator[None]:
+def quiet(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode, no autograd, the random state put back afterwards."""
     devices = {p.device.index or 0 for model in models for p in model.parameters() if p.device.type == "cuda"}
     with evaluating(*models), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
@@ -87,7 +87,7 @@ def trace(
         layer.register_forward_hook(recorder(name), with_kwargs=True) for name, layer in layers.items()
     ]
     try:
-        with _quiet(model):
+        with quiet(model):
             output = call_model(model, example_inputs)
     finally:
         for handle in handles:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from tensorcomp_ext.nn import (
 )
 from tensorcomp_ext.nn.base import STRUCTURE
 from tensorcomp_ext.nn.embedding import embedding_modes
-from tensorcomp_ext.ranks import resolve_rank
+from tensorcomp_ext.plan.memory_format import applies_channels_last
+from tensorcomp_ext.ranks import NetworkRule, resolve_rank
 
 _CONVOLUTIONS: dict[type, Any] = {
     nn.Conv1d: FactorizedConv1d,
@@ -47,6 +49,10 @@ class Choice:
     rank: int | tuple[int, ...]
     options: dict[str, Any]
     explicit: bool
+    factors: tuple[torch.Tensor, ...] | None = None
+    """Those of this rank, where a rule for networks has made them."""
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What such a rule has measured, as `PlannedLayer.tuned`."""
 
     @property
     def structure(self) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def skipped_entry(name: str, layer: nn.Module, reason: str, **fields: Any) -> La
     return LayerReport(name, type(layer).__name__, count, count, skipped=reason, **fields)
 
 
-def _format_of(name: str, layer: nn.Module, format: Any) -> tuple[str, str, dict[str, Any]]:
+def format_of(name: str, layer: nn.Module, format: Any) -> tuple[str, str, dict[str, Any]]:
     """The kind of a layer, its format and the options of that."""
     chosen, options = format_and_options(
         by_name(format, name, layer) if isinstance(format, Mapping) else format
@@ -77,12 +83,12 @@ def _format_of(name: str, layer: nn.Module, format: Any) -> tuple[str, str, dict
 
 def takes_groups(name: str, layer: nn.Module, format: Any) -> bool:
     """Whether the format that a layer is to have takes grouped convolutions."""
-    return get_format(_format_of(name, layer, format)[1]).grouped
+    return get_format(format_of(name, layer, format)[1]).grouped
 
 
 def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call]) -> Choice | str:
     """What a layer becomes, or why it stays."""
-    kind, chosen, options = _format_of(name, layer, format)
+    kind, chosen, options = format_of(name, layer, format)
     if kind not in get_format(chosen).layers:
         return f"format {chosen!r} is not for {type(layer).__name__}"
     spec = by_name(rank, name, layer) if isinstance(rank, Mapping) else rank
@@ -91,10 +97,17 @@ def choose(name: str, layer: Any, format: Any, rank: Any, calls: Sequence[Call])
     weight = layer.weight.detach()
     if not torch.isfinite(weight).all():
         raise ValueError(f"compress: the weight of layer {name!r} has NaN or Inf; nothing was replaced")
+    if isinstance(spec, NetworkRule) and isinstance(rank, Mapping):
+        raise ValueError(
+            f"compress: layer {name!r}: {spec} chooses for the whole network: pass it as rank itself, with "
+            "layers= or exclude= for a part"
+        )
     explicit = isinstance(spec, (int, tuple, list))
     if kind == "embedding":
         options |= embedding_modes(weight.shape, options.get("in_modes"), options.get("out_modes"))
     choice = Choice(name, layer, chosen, 0, options, explicit)
+    if isinstance(spec, NetworkRule):
+        return choice  # `allocate` ranks all of them together
     try:
         choice.rank = _rank(choice, spec, weight, _pixels(layer, calls))
     except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
@@ -145,15 +158,8 @@ def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
             choice.name, layer, f"{'pointwise: ' if pointwise else ''}would not get smaller: {remark}"
         ), None
     try:
-        if isinstance(layer, nn.Linear):
-            make: Any = FactorizedLinear.from_linear
-        elif isinstance(layer, nn.Embedding):
-            make = FactorizedEmbedding.from_embedding
-        elif isinstance(layer, nn.EmbeddingBag):
-            make = FactorizedEmbeddingBag.from_embedding_bag
-        else:
-            make = _CONVOLUTIONS[type(layer)].from_conv
-        new: FactorizedLayer = make(layer, format=choice.format, rank=choice.rank, **choice.options)
+        new = _decomposed(choice) if choice.factors is None else assembled(choice, ranks, choice.factors)
+        new.tuned = copy.deepcopy(choice.tuned)
     except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
         raise _named(error, choice.name) from error
     entry = LayerReport(
@@ -168,6 +174,47 @@ def factorize(choice: Choice) -> tuple[LayerReport, nn.Module | None]:
     )
     count_bytes(entry, layer.weight, new.weight)
     return entry, new
+
+
+def _decomposed(choice: Choice) -> FactorizedLayer:
+    layer = choice.layer
+    if isinstance(layer, nn.Linear):
+        make: Any = FactorizedLinear.from_linear
+    elif isinstance(layer, nn.Embedding):
+        make = FactorizedEmbedding.from_embedding
+    elif isinstance(layer, nn.EmbeddingBag):
+        make = FactorizedEmbeddingBag.from_embedding_bag
+    else:
+        make = _CONVOLUTIONS[type(layer)].from_conv
+    made: FactorizedLayer = make(layer, format=choice.format, rank=choice.rank, **choice.options)
+    return made
+
+
+def assembled(
+    choice: Choice, ranks: tuple[int, ...], factors: Sequence[torch.Tensor] | None = None
+) -> FactorizedLayer:
+    """A convolution or linear layer of these ranks with given factors, random ones without."""
+    layer: Any = choice.layer
+    made: FactorizedLayer
+    rank = ranks[0] if len(ranks) == 1 else ranks
+    options: dict[str, Any] = {"format": choice.format, "rank": rank, "bias": layer.bias is not None}
+    options |= {**choice.structure, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(layer, nn.Linear):
+            made = FactorizedLinear(layer.in_features, layer.out_features, **options)
+        else:
+            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+            made = _CONVOLUTIONS[type(layer)](layer.in_channels, layer.out_channels, *geometry, **options)
+            made.channels_last = applies_channels_last(layer.weight)
+    with torch.no_grad():
+        for parameter, factor in zip(made.weight.factors, factors or (), strict=bool(factors)):
+            parameter.copy_(factor)
+        if made.bias is not None:
+            made.bias.copy_(layer.bias)
+            made.bias.requires_grad_(layer.bias.requires_grad)
+    made.weight.requires_grad_(layer.weight.requires_grad)
+    made.train(layer.training)
+    return made
 
 
 def count_bytes(entry: LayerReport, dense: torch.Tensor, weight: Format) -> None:

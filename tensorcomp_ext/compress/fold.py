@@ -15,6 +15,7 @@ from tensorcomp_ext.compress.fold_graph import Finding, Folder, hooked
 from tensorcomp_ext.compress.fold_weights import difference, tolerance
 from tensorcomp_ext.nn import FactorizedLayer, FactorizedLinear
 from tensorcomp_ext.plan.examples import call_model
+from tensorcomp_ext.plan.modes import evaluating
 
 _UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 """What a network's own code raises where it asks a proxy for what only a tensor has."""
@@ -203,20 +204,12 @@ def _output_dims(model: nn.Module, example_inputs: Any) -> dict[int, set[int]]:
 
 
 def _compare(model: nn.Module, made: nn.Module, example_inputs: Any) -> float:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            expected = _tensors(call_model(model, example_inputs))
-            try:
-                found = _tensors(call_model(made, example_inputs))
-            except _UNTRACEABLE as error:
-                raise FoldError(
-                    f"fold: the folded network cannot be called with the example: {error}"
-                ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        expected = _tensors(call_model(model, example_inputs))
+        try:
+            found = _tensors(call_model(made, example_inputs))
+        except _UNTRACEABLE as error:
+            raise FoldError(f"fold: the folded network cannot be called with the example: {error}") from error
     worst = max((difference(f, e) for f, e in zip(found, expected, strict=True)), default=0.0)
     limit = max((tolerance(e.dtype) for e in expected), default=0.0)
     if not worst <= limit:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from tensorcomp_ext.plan.examples import call_model
+from tensorcomp_ext.plan.modes import evaluating
 
 
 class Latency(NamedTuple):
@@ -74,19 +74,6 @@ def interleave(
         name: Latency(percentile(taken, 0.1), percentile(taken, 0.5), percentile(taken, 0.9))
         for name, taken in times.items()
     }
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode and give every submodule its own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def device_synchronizer(model: nn.Module) -> Callable[[], None] | None:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from tensorcomp_ext.compress.calls import Call, dense_macs, trace
-from tensorcomp_ext.compress.latency import Latency, device_synchronizer, evaluating, interleave
+from tensorcomp_ext.compress.latency import Latency, device_synchronizer, interleave
 from tensorcomp_ext.compress.report import Report
 from tensorcomp_ext.compress.selection import considered
 from tensorcomp_ext.nn import FactorizedLayer
 from tensorcomp_ext.plan import Candidate
 from tensorcomp_ext.plan.layer import PlannedLayer
+from tensorcomp_ext.plan.modes import evaluating
 
 Progress = Callable[[int, int, str], None]
 

@@ -16,6 +16,8 @@ from tensorcomp_ext.nn.embedding import dense_refusal
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
 _LISTED = (_ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag, FactorizedLayer)
+WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+"""Modules with weights of their own that only their own kernels read: listed, never replaced."""
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,14 +30,20 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def considered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers a report lists: convolutions, linear layers and embeddings, under every name they have."""
+    """The layers a report lists: convolutions, linear layers and embeddings, under every name they have.
+
+    So are recurrent layers and the input projections of nn.MultiheadAttention, so that no report passes over
+    weights that stay dense in silence.
+    """
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _LISTED) or is_quantized(module):
+        if isinstance(module, (*_LISTED, *WHOLE)) or is_quantized(module):
             yield name, module
 
 
 def weight_numel(module: nn.Module) -> int:
-    """Entries stored for the weight of a layer, dense or factorised; 0 where that cannot be told."""
+    """Entries stored for the weights of a layer, dense or factorised; 0 where that cannot be told."""
+    if isinstance(module, WHOLE):
+        return sum(p.numel() for key, p in module.named_parameters(recurse=False) if "weight" in key)
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return 0
@@ -104,6 +112,10 @@ def refusal(name: str, module: nn.Module, uses: Uses, groups: bool = False) -> s
         return "already factorised"
     if is_quantized(module):
         return "quantised"
+    if isinstance(module, nn.MultiheadAttention):
+        return "input projections of nn.MultiheadAttention, which reads their weights itself"
+    if isinstance(module, WHOLE):
+        return f"recurrent: nn.{kind.__name__} takes its weights dense"
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "lazy: its weight has no shape before the first call"

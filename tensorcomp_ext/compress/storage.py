@@ -11,9 +11,7 @@ import errno
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from tensorcomp_ext.compress.atomic import replacing
 from tensorcomp_ext.compress.checkpoint import CheckpointError, Header, parse_header
 from tensorcomp_ext.compress.report import Report
 from tensorcomp_ext.compress.restore import load_into
-from tensorcomp_ext.nn import FactorizedLayer, FoldedLayer
+from tensorcomp_ext.nn import FactorizedLayer, FadingDense, FoldedLayer
+from tensorcomp_ext.nn.gates import gates_of
 from tensorcomp_ext.plan import export_choices
 
 FORMAT_VERSION = 1
@@ -47,7 +47,7 @@ def save(
 
     Raises:
         ValueError (CheckpointError): state that cannot be stored without pickling, ``meta`` that is no JSON,
-            a network that ``tensorcomp_ext.fold`` made.
+            a network that ``tensorcomp_ext.fold`` made, layers in the middle of rank selection or of a fade.
         OSError: the folder is missing, not writable or full.
         TypeError: ``model`` is no module (of what ``compress`` returns, pass ``.model``).
     """
@@ -62,6 +62,8 @@ def save(
             f"save: the network is folded (layer {folded!r}), and no dense network could take its weights; "
             "save it before tc.fold, and fold it again after tc.load"
         )
+    for name, module in model.named_modules():
+        _check_finished(name, module)
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, "save: there is no such folder", folder)
@@ -84,7 +86,25 @@ def save(
         text = json.dumps(header, sort_keys=True, allow_nan=True)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"save: meta and layer configurations must be JSON: {error}") from error
-    _write_atomically(os.path.realpath(path), stored, {METADATA_KEY: text})
+    with replacing(path) as written:
+        try:
+            save_file(stored, written, {METADATA_KEY: text})
+        except SafetensorError as error:
+            raise OSError(f"save: {path}: {error}") from error
+
+
+def _check_finished(name: str, module: nn.Module) -> None:
+    """CheckpointError for layers as they are within a recipe only, whose file no network could take."""
+    if gates_of(module) is not None:
+        raise CheckpointError(
+            f"save: layer {name!r} has gates on its ranks; multiply them in first, with fold_gates or "
+            "GatedNetwork.fold, or save a checkpoint of the training"
+        )
+    if isinstance(module, FadingDense):
+        raise CheckpointError(
+            f"save: layer {name!r} still has its dense weight beside the factors; put its finalize() in its "
+            "place first, or save a checkpoint of the training"
+        )
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -171,45 +191,6 @@ def _deduplicate(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dic
         # A copy in every case: views of one storage, which safetensors refuses, must not meet in the file.
         stored[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return stored, aliases
-
-
-def _write_atomically(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    folder, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".partial")
-    os.close(handle)
-    try:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"save: {path}: {error}") from error
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, _mode_for(path))
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(folder)
-
-
-def _mode_for(path: str) -> int:
-    """The permissions of the file to be replaced, else those the umask gives a new one."""
-    with suppress(FileNotFoundError):
-        return os.stat(path).st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the rename itself durable, where the system lets folders be synchronised."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def library_version() -> str:

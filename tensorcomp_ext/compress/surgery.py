@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
+from tensorcomp_ext.compress.allocate import allocate, check_rule
 from tensorcomp_ext.compress.calls import Call, output_distance, trace
 from tensorcomp_ext.compress.factorize import (
     Choice,
@@ -22,6 +21,7 @@ from tensorcomp_ext.compress.factorize import (
 from tensorcomp_ext.compress.measure import fill_costs, measure_latencies
 from tensorcomp_ext.compress.report import LayerReport, Report
 from tensorcomp_ext.compress.selection import (
+    WHOLE,
     Uses,
     as_patterns,
     considered,
@@ -30,9 +30,9 @@ from tensorcomp_ext.compress.selection import (
     refusal,
     require_matches,
 )
-from tensorcomp_ext.compress.swap import adopt, swapped
+from tensorcomp_ext.compress.swap import adopt, copied, swapped
 from tensorcomp_ext.formats import get_format
-from tensorcomp_ext.ranks import VBMF, RankSpec, parse_rank
+from tensorcomp_ext.ranks import VBMF, NetworkRule, RankSpec, parse_rank
 
 Progress = Callable[[int, int, str], None]
 FormatSpec = str | tuple[str, Mapping[str, Any]]
@@ -64,14 +64,15 @@ def compress(
 
     Args:
         format: a format name, or ``(name, options)`` with options such as ``in_modes`` of the format and
-            those of its decomposition, or a mapping from layer type or name pattern to one of these, first
-            fit; where it says nothing convolutions become "tucker2", linear layers "svd" and
-            embeddings "ttm".
+            those of its decomposition (or ``start="random"``, which draws the factors), or a mapping from
+            layer type or name pattern to one of these, first fit; where it says nothing convolutions become
+            "tucker2", linear layers "svd" and embeddings "ttm".
         rank: an int, a tuple (``(R_out, R_in)`` for "tucker2"), a float in (0, 1] (the fraction of the dense
             weight's parameters to keep), a rule of ``tensorcomp_ext.ranks``, text as ``ranks.parse_rank``
-            takes it ("vbmf", "energy:0.95", "16,24"), or a mapping from name pattern to one of these,
-            first fit, "*" last (layers that none fits stay dense). Default: ``VBMF()``, which reads
+            takes it ("vbmf", "energy:0.95", "16,24", "latency:2.0"), or a mapping from name pattern to one of
+            these, first fit, "*" last (layers that none fits stay dense). Default: ``VBMF()``, which reads
             spectra: for "cp", "tr" and "tr_matrix", whose ranks no unfolding decides, give rank or budget.
+            ``ranks.Latency``, ``NetworkParams`` and ``NetworkFlops`` choose for the network as a whole.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it the compressed
             network is run and compared, and the report has shapes and MACs. Only layers called on it are
             replaced.
@@ -90,7 +91,8 @@ def compress(
     Raises:
         ValueError: a weight with NaN or Inf or without a convergent SVD (the layer is named); a pattern that
             matches no layer; unknown format; invalid rank; nothing to replace although ``layers`` was given;
-            a compressed model that does not run on ``example_inputs``.
+            a compressed model that does not run on ``example_inputs``; a rule for whole networks that is left
+            no layer, or ``Latency`` and ``NetworkFlops`` without ``example_inputs``.
         TypeError: arguments of another type.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -102,7 +104,7 @@ def compress(
         raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
     if measure and example_inputs is None:
         raise ValueError("compress: measure=True needs example_inputs")
-    if inplace and any(name == "" for name, _ in considered(model)):
+    if inplace and any(name == "" and not isinstance(m, WHOLE) for name, m in considered(model)):
         raise ValueError(
             "compress: the model is itself one layer, which cannot be replaced in place; take result.model"
         )
@@ -131,6 +133,16 @@ def compress(
             entries[name] = skipped_entry(name, layer, chosen)
     _pass_on(heard)
 
+    details: dict[str, Any] = {}
+    if isinstance(rank, NetworkRule):
+        check_rule(
+            rank, choices, {name: entry.skipped or "" for name, entry in entries.items()}, example_inputs
+        )
+        choices, dense, details = allocate(
+            rank, model, choices, calls, example_inputs, count_parameters(model), progress
+        )
+        entries |= {name: skipped_entry(name, found[name], reason) for name, reason in dense.items()}
+
     replacements: dict[str, nn.Module] = {}
     for index, choice in enumerate(choices):
         if progress is not None:
@@ -141,6 +153,7 @@ def compress(
     if progress is not None:
         progress(len(choices), len(choices), "")
     report = Report([entries[name] for name in found], count_parameters(model), count_parameters(model))
+    report.details |= details
     if not replacements:
         _nothing(report, wanted)
 
@@ -218,15 +231,7 @@ def _exchange(
     report: Report,
 ) -> nn.Module:
     """Swap the layers in the model or in its copy, and run the outcome before it is handed out."""
-    if inplace:
-        target = model
-    else:
-        try:
-            target = copy.deepcopy(model, _computed_tensors(model))
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"compress: the model cannot be copied ({error}); inplace=True needs no copy"
-            ) from error
+    target = model if inplace else copied(model)
     if "" in replacements:
         target = adopt(replacements[""], target)
         replacements = {}
@@ -237,16 +242,6 @@ def _exchange(
         if calls is not None:
             report.output_error = _verify(target, replacements, example_inputs, dense_output)
     return target
-
-
-def _computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy with the tensors it refuses: weights that hooks compute at every call, caches."""
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in module.__dict__.values()
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None
-    }
 
 
 def _verify(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -94,3 +97,23 @@ def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator
     except BaseException:
         restore(model, former)
         raise
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model``; ValueError where it cannot be made."""
+    try:
+        return copy.deepcopy(model, _computed_tensors(model))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"compress: the model cannot be copied ({error}); inplace=True needs no copy"
+        ) from error
+
+
+def _computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy with the tensors it refuses: weights that hooks compute at every call, caches."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    }

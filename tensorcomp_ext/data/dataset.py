@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+SVHN_MEAN = (0.4377, 0.4438, 0.4728)
+SVHN_STD = (0.1980, 0.2010, 0.1970)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -49,6 +55,8 @@ class Dataset:
                 raise ValueError(
                     f"{self.name}: {split} has {images.shape[0]} images but {list(labels.shape)} labels"
                 )
+            if labels.dtype != torch.int64:
+                raise ValueError(f"{self.name}: {split} labels must be int64, got {labels.dtype}")
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
                 raise ValueError(
                     f"{self.name}: {split} labels must be in 0..{len(self.classes) - 1}, "
@@ -64,8 +72,10 @@ class Dataset:
                 f"{self.name}: mean and std must have one entry for each of {self.channels} channels, "
                 f"got {len(self.mean)} and {len(self.std)}"
             )
-        if min(self.std) <= 0:
-            raise ValueError(f"{self.name}: std must be positive, got {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"{self.name}: mean must be finite, got {self.mean}")
+        if not all(0 < entry < math.inf for entry in self.std):
+            raise ValueError(f"{self.name}: std must be positive and finite, got {self.std}")
 
     @property
     def channels(self) -> int:
@@ -95,8 +105,8 @@ class Dataset:
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"{self.name}: normalize takes uint8 images, got {images.dtype}")
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        columns = _column if images.device.type == "cpu" else _kept_column
+        mean, std = (columns(tuple(values), images.device) for values in (self.mean, self.std))
         return images.float().div_(255).sub_(mean).div_(std)
 
     def with_normalization(self, mean: Sequence[float], std: Sequence[float]) -> Dataset:
@@ -134,3 +144,13 @@ class Dataset:
             train_images=F.pad(self.train_images, border),
             test_images=F.pad(self.test_images, border),
         )
+
+
+def _column(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """float32 [1, C, 1, 1]."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+
+# Sent to an accelerator once: it would be waited for with every batch.
+_kept_column = lru_cache(maxsize=64)(_column)

@@ -1,15 +1,14 @@
-"""MNIST-format data: IDX files, gzipped or plain."""
+"""MNIST-format data: IDX files, packed or plain."""
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .dataset import Dataset
+from .packed import find, need, unpacked
 
 _IMAGES_MAGIC = 0x00000803  # unsigned bytes, three dimensions
 _LABELS_MAGIC = 0x00000801  # unsigned bytes, one dimension
@@ -28,6 +27,8 @@ _FASHION_CLASSES = (
     "Ankle boot",
 )
 
+_KUZUSHIJI_CLASSES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+
 
 def read_mnist(root: Path, train: bool = True) -> Dataset:
     """MNIST (LeCun et al. 1998): 60,000 training and 10,000 test images of 1x28x28."""
@@ -39,6 +40,12 @@ def read_fashion_mnist(root: Path, train: bool = True) -> Dataset:
     """Fashion-MNIST (Xiao et al. 2017): 60,000 training and 10,000 test images of 1x28x28."""
     folders = ("fashion-mnist", "FashionMNIST/raw")
     return _read(root, train, "fashion-mnist", folders, (0.2860,), (0.3530,), _FASHION_CLASSES)
+
+
+def read_kmnist(root: Path, train: bool = True) -> Dataset:
+    """Kuzushiji-MNIST (Clanuwat et al. 2018): 60,000 training and 10,000 test images of 1x28x28."""
+    folders = ("kmnist", "KMNIST/raw")
+    return _read(root, train, "kmnist", folders, (0.1918,), (0.3483,), _KUZUSHIJI_CLASSES)
 
 
 def _read(
@@ -70,27 +77,24 @@ def _read(
     return Dataset(name=name, mean=mean, std=std, classes=classes, **parts)
 
 
+def _stems(stem: str) -> tuple[str, str]:
+    """Spellings of a file's name: some mirrors write the last hyphen as a dot."""
+    return stem, stem.replace("-idx", ".idx")
+
+
 def _find(folder: Path, stem: str) -> Path | None:
-    # Some mirrors spell the last hyphen of the name as a dot.
-    for name in (stem, stem.replace("-idx", ".idx")):
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    return None
+    return next((path for name in _stems(stem) if (path := find(folder, name))), None)
 
 
 def _need(folder: Path, stem: str, name: str) -> Path:
-    path = _find(folder, stem)
-    if path is None:
-        raise FileNotFoundError(f"{name}: {folder} has neither {stem} nor {stem}.gz")
-    return path
+    return _find(folder, stem) or need(folder, stem, name)
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
     """One IDX file of unsigned bytes: big-endian magic number and sizes, then the values.
 
     Arguments:
-        path: file; decompressed where its name ends in .gz.
+        path: file; decompressed where its name ends in .gz or .xz.
         magic: expected magic number; its last byte is the number of dimensions.
 
     Returns uint8 of the sizes in the header. Raises ValueError for another magic number, a file shorter or
@@ -99,25 +103,20 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     dimensions = magic & 0xFF
     header_bytes = 4 + 4 * dimensions
     header = b""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(header_bytes)
-            if len(header) < header_bytes:
-                raise ValueError(
-                    f"{path} is truncated: its header needs {header_bytes} bytes, got {len(header)}"
-                )
-            found, *shape = (int(value) for value in np.frombuffer(header, ">u4"))
-            if found != magic:
-                raise ValueError(
-                    f"{path} is not the expected IDX file: magic number 0x{magic:08x}, got 0x{found:08x}"
-                )
-            expected = int(np.prod(shape, dtype=object))
-            # In pieces, so that a false header cannot ask for more memory than the file fills.
-            content = bytearray()
-            while len(content) <= expected and (piece := file.read(min(_CHUNK, expected + 1 - len(content)))):
-                content += piece
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    with unpacked(path) as file:
+        header = file.read(header_bytes)
+        if len(header) < header_bytes:
+            raise ValueError(f"{path} is truncated: its header needs {header_bytes} bytes, got {len(header)}")
+        found, *shape = (int(value) for value in np.frombuffer(header, ">u4"))
+        if found != magic:
+            raise ValueError(
+                f"{path} is not the expected IDX file: magic number 0x{magic:08x}, got 0x{found:08x}"
+            )
+        expected = int(np.prod(shape, dtype=object))
+        # In pieces, so that a false header cannot ask for more memory than the file fills.
+        content = bytearray()
+        while len(content) <= expected and (piece := file.read(min(_CHUNK, expected + 1 - len(content)))):
+            content += piece
     if expected == 0:
         raise ValueError(f"{path} is empty: its header gives the sizes {shape}")
     if len(content) != expected:

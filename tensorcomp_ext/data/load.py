@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .cifar import read_cifar10
+from .cifar import read_cifar10, read_cifar100
 from .dataset import Dataset
 from .digits import read_digits
-from .idx import read_fashion_mnist, read_mnist
+from .idx import read_fashion_mnist, read_kmnist, read_mnist
+from .svhn import read_svhn
 
 _READERS: dict[str, Callable[[Path, bool], Dataset]] = {
     "mnist": read_mnist,
     "fashion-mnist": read_fashion_mnist,
+    "kmnist": read_kmnist,
     "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "svhn": read_svhn,
 }
 
 
@@ -29,7 +33,8 @@ def load(
 
     Arguments:
         name: "digits" (scikit-learn's 8x8 handwritten digits, upscaled; needs no files), "mnist",
-            "fashion-mnist" (IDX files, .gz or plain) or "cifar10" (binary version).
+            "fashion-mnist", "kmnist" (IDX files, plain, .gz or .xz), "cifar10", "cifar100" (binary version)
+            or "svhn" (cropped digits, .mat).
         root: folder that holds the files, or the folder above it; not used by digits.
         size: side of the images. Digits are upscaled to it (32 by default); the others are padded with black
             from their own size (None keeps that).

@@ -233,6 +233,18 @@ class NetworkFormat(Format):
     def rank(self) -> Rank:
         return self.packed(self.ranks)
 
+    def bonds(self) -> dict[str, tuple[tuple[str, int], ...]]:
+        wiring = self.wiring
+        places = [
+            (label, (name, dim))
+            for name, labels in zip(wiring.names, wiring.labels, strict=True)
+            for dim, label in enumerate(labels)
+        ]
+        return {
+            rank: tuple(place for label, place in places if label == wanted)
+            for rank, wanted in zip(wiring.rank_names, wiring.ranks, strict=True)
+        }
+
     def to_dense(self) -> Tensor:
         """The dense weight, in the cheapest order of contraction; cost :meth:`rebuild_macs`."""
         folding = self.folding

@@ -68,6 +68,13 @@ class Format(nn.Module, ABC):
         """The options of the classmethods, in JSON types, that with shape and rank describe the factors."""
         return {}
 
+    def bonds(self) -> dict[str, tuple[tuple[str, int], ...]]:
+        """Of each rank by name the factors that carry it, and their dims of that size, in the factors' order.
+
+        Empty for a weight without inner ranks.
+        """
+        return {}
+
     @abstractmethod
     def to_dense(self) -> Tensor:
         """The dense weight, differentiable in the factors."""

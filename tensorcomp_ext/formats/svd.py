@@ -49,6 +49,9 @@ class SVD(Format):
     def rank(self) -> int:
         return self.a.shape[1]
 
+    def bonds(self) -> dict[str, tuple[tuple[str, int], ...]]:
+        return {"R": (("a", 1), ("b", 0))}
+
     def to_dense(self) -> Tensor:
         """The matrix ``[M, N]``; cost ``M N R`` MACs."""
         return self.a @ self.b

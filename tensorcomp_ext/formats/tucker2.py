@@ -59,6 +59,12 @@ class Tucker2(Format):
     def rank(self) -> tuple[int, int]:
         return self.core.shape[0], self.core.shape[1]
 
+    def bonds(self) -> dict[str, tuple[tuple[str, int], ...]]:
+        return {
+            "R_out": (("core", 0), ("factor_out", 1)),
+            "R_in": (("core", 1), ("factor_in", 1)),
+        }
+
     def to_dense(self) -> Tensor:
         """The kernel ``[T, S, *k]`` in ``K min(S R_out (R_in + T), T R_in (R_out + S))`` MACs."""
         core, factor_out, factor_in = self.core, self.factor_out, self.factor_in

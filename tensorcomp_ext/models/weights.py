@@ -88,8 +88,14 @@ def _renamed(tensors: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> 
 
 
 def _check_fit(state: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], path: Path) -> None:
-    # Files from before torch 0.4.1 lack this counter of batch normalisation, which inference never reads.
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    # Files from before torch 0.4.1 lack this counter of batch normalisation, which inference never reads; of
+    # tied parameters one name is enough.
+    given_memory = {wanted[k].data_ptr() for k in state if k in wanted} - {0}
+    missing = [
+        k
+        for k, tensor in wanted.items()
+        if k not in state and not k.endswith("num_batches_tracked") and tensor.data_ptr() not in given_memory
+    ]
     unexpected = [k for k in state if k not in wanted]
     if missing or unexpected:
         raise ValueError(

@@ -4,6 +4,7 @@ from .base import FactorizedLayer, from_config
 from .conv import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d
 from .embedding import FactorizedEmbedding
 from .embedding_bag import FactorizedEmbeddingBag
+from .fading import FadingDense
 from .folded import FoldedLayer, fold_layer
 from .linear import FactorizedLinear
 
@@ -15,6 +16,7 @@ __all__ = [
     "FactorizedEmbeddingBag",
     "FactorizedLayer",
     "FactorizedLinear",
+    "FadingDense",
     "FoldedLayer",
     "fold_layer",
     "from_config",

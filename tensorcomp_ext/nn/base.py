@@ -18,6 +18,9 @@ from ..ranks import parse_rank, resolve_rank
 STRUCTURE = ("in_modes", "out_modes", "input_order", "low_rank", "mode", "nnz", "density", "positions")
 """Options of formats that describe the factors; what else ``from_dense`` takes is for the decomposition."""
 
+STARTS = ("decompose", "random")
+"""Where factors come from that take a dense weight's place: ``start`` among the options of a format."""
+
 _LAYERS: dict[str, type[FactorizedLayer]] = {}
 
 
@@ -108,7 +111,16 @@ class FactorizedLayer(PlannedLayer):
         self.train(source.training)
 
     def _fill(self, target: nn.Module, weight: Tensor, bias: bool = True) -> nn.Module:
-        """Give a torch.nn layer a weight, this layer's bias, and this layer's state."""
+        """Give a torch.nn layer a weight, this layer's bias, and this layer's state.
+
+        Raises:
+            ValueError: a layer with gates on its ranks, whose factors alone are not its weight.
+        """
+        if "gates" in self._modules:
+            raise ValueError(
+                f"{type(self).__name__}: ranks have gates, which a torch.nn layer cannot have; "
+                "nn.gates.fold_gates(layer) multiplies them into the factors"
+            )
         trained = any(p.requires_grad for p in self.weight.parameters())
         target.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=trained)
         if bias and self.bias is not None:
@@ -152,7 +164,8 @@ def decomposed(
     Args:
         name: of the caller, for messages.
         kind: of the layer, as :func:`..formats.get_format` takes it.
-        options: of the format and of its decomposition.
+        options: of the format and of its decomposition; ``start="random"`` draws the factors instead, for a
+            network that is trained from there.
 
     Raises:
         ValueError: no rank, NaN or Inf in the weight, a rank that does not fit. TypeError: unknown option.
@@ -160,9 +173,17 @@ def decomposed(
     if rank is None:
         raise ValueError(f"{name}: rank is needed: an int, a tuple, a fraction or a rule")
     given = {key: value for key, value in options.items() if value is not None}
+    start = given.pop("start", "decompose")
+    if start not in STARTS:
+        raise ValueError(f"{name}: start must be one of {', '.join(STARTS)}, got {start!r}")
     structure = {key: given[key] for key in STRUCTURE if key in given}
     ranks = resolve(rank, weight.shape, format, weight, **structure)
-    return get_format(format, kind).from_dense(weight, ranks, **given)
+    if start == "decompose":
+        return get_format(format, kind).from_dense(weight, ranks, **given)
+    # Of embeddings as Glorot and Bengio 2010 have it; None is the variance of layers with ReLU.
+    variance = 2.0 / sum(weight.shape) if kind == "embedding" else None
+    placed: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    return get_format(format, kind).random(weight.shape, ranks, variance, **placed, **given)
 
 
 def structure_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,11 @@ from .geometry import Bound, Geometry
 from .layer import PlannedLayer
 from .rebuild import part_stages
 
+RING_TRAINED = 4.8
+"""Work of a training call over that of a forward one as it is predicted, of a ring on a CPU: for many narrow
+convolutions the library takes longer than for wide ones, in backward most of all. Measured where
+``fused_bottleneck`` says."""
+
 
 class StagedConv(Plan):
     """Pointwise, core, pointwise; ring indices lie side by side in the batch, a depthwise core has groups.
@@ -42,6 +47,11 @@ class StagedConv(Plan):
             Stage(kind, macs, core.shape[0] if form.depthwise else min(core.shape[:2]), moved),
             Stage("pointwise", after * v.numel(), min(v.shape), inner_out + v.numel() + math.prod(output)),
         ]
+
+    def backward_factor(self, layer: PlannedLayer) -> float:
+        form = _form(layer)
+        narrow = form.ring > 1 and form.core.device.type == "cpu"
+        return RING_TRAINED if narrow else super().backward_factor(layer)
 
     def run(self, layer: PlannedLayer, x: Tensor) -> Tensor:
         form, geometry = _form(layer), layer.geometry

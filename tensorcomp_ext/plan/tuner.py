@@ -17,6 +17,7 @@ from .clock import clock_for
 from .examples import call_model
 from .graphs import captured, check_graphs
 from .layer import PlannedLayer
+from .modes import evaluating
 from .timing import time_interleaved
 from .tuning import LayerTuning, Timing, TuneResult
 
@@ -165,20 +166,16 @@ def _record(
 
         return record
 
-    modes = [(module, module.training) for module in model.modules()]
     handles = [
         layer.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, layer in layers.items()
     ]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for example in example_inputs if isinstance(example_inputs, list) else [example_inputs]:
                 call_model(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return seen
 
 
@@ -266,7 +263,9 @@ def _call(
         bias = layer.bias
         given = (x, bias) if residual is None else (x, bias, residual)
         return lambda: bound(*given)
-    wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    # Of a layer with gates on its ranks the plan knows the factors alone.
+    own = (*layer.weight.parameters(), *(() if layer.bias is None else (layer.bias,)))
+    wanted = [t for t in (x, *own) if t.requires_grad]
     with torch.no_grad():
         gradient = torch.ones_like(plan.run(layer, x))
     call = plan.bind_training(layer, layer.case(x, training=True))

@@ -64,6 +64,10 @@ class RankLayout(ABC):
     def scaled(self, fraction: float) -> Ranks:
         """Ranks at a fraction in [0, 1] of the limits, at least 1; monotone in the fraction."""
 
+    def useful(self, ranks: Ranks, place: int) -> bool:
+        """Whether the rank at `place` is not beyond what the others let it add."""
+        return True
+
     def inner(self, ranks: Sequence[int]) -> tuple[int, ...]:
         """Ranks as a user wrote them without what they imply, such as the boundary ones of a train."""
         return tuple(ranks)
@@ -174,3 +178,6 @@ class Tucker2Layout(RankLayout):
         rank_out, rank_in = (max(1, round(fraction * size)) for size in self.limits)
         # A core unfolding has no more rank than columns: beyond that a rank costs and adds nothing.
         return min(rank_out, rank_in * self.taps), min(rank_in, rank_out * self.taps)
+
+    def useful(self, ranks: Ranks, place: int) -> bool:
+        return ranks[place] <= ranks[1 - place] * self.taps

@@ -63,6 +63,14 @@ class NetworkLayout(RankLayout):
         )
 
 
+class _TrainLayout(NetworkLayout):
+    def useful(self, ranks: Ranks, place: int) -> bool:
+        # A core unfolds to R_{k-1} I_k rows: a rank beyond them, or beyond those of the next core, is idle.
+        shapes = self.cls.factor_shapes(self.shape, ranks, **self.structure)
+        rows, columns = math.prod(shapes[place][:-1]), math.prod(shapes[place + 1][1:])
+        return ranks[place] <= min(rows, columns)
+
+
 def _sequential(tensor: Tensor) -> list[Spectrum]:
     """Spectra of the unfoldings of a train: the first k modes against the rest."""
     found = []
@@ -91,6 +99,9 @@ class TuckerLayout(NetworkLayout):
     def scaled(self, fraction: float) -> Ranks:
         return tuple(max(1, round(fraction * size)) for size in self._limits)
 
+    def useful(self, ranks: Ranks, place: int) -> bool:
+        return ranks[place] ** 2 <= math.prod(ranks)
+
     def spectra(self) -> list[Spectrum]:
         tensor = self.folded()
         return [
@@ -100,7 +111,7 @@ class TuckerLayout(NetworkLayout):
 
 
 @register_layout
-class TTLayout(NetworkLayout):
+class TTLayout(_TrainLayout):
     """The inner ranks of a train, uniform under a budget, clipped to what the modes can hold."""
 
     format = "tt"
@@ -110,7 +121,7 @@ class TTLayout(NetworkLayout):
 
 
 @register_layout
-class TTMLayout(NetworkLayout):
+class TTMLayout(_TrainLayout):
     """The inner ranks of a train over pairs of modes; of a kernel the taps come first."""
 
     format = "ttm"

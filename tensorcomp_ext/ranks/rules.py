@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .budgets import largest_within
 from .evbmf import evbmf
 from .layouts import Pixels, RankLayout, Ranks, Spectrum, rank_layout
 
@@ -81,13 +81,15 @@ def _check_pixels(pixels: tuple[int, int]) -> Pixels:
     return Pixels(*pixels)
 
 
-def _check_number(rule: str, name: str, value: object, *, fraction: bool) -> None:
+def check_number(rule: str, name: str, value: object, *, fraction: bool, least: float = 1) -> None:
+    """A number in (0, 1], or at least 1; above 0 where `least` is 0. TypeError, ValueError name the rule."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{rule}: {name} must be a number, got {type(value).__name__}")
     if fraction and not 0.0 < value <= 1.0:
         raise ValueError(f"{rule}: {name} must be in (0, 1], got {value}")
-    if not fraction and not 1 <= value < math.inf:
-        raise ValueError(f"{rule}: {name} must be at least 1 and finite, got {value}")
+    if not fraction and not (least <= value < math.inf and value > 0):
+        bound = f"at least {least}" if least else "above 0"
+        raise ValueError(f"{rule}: {name} must be {bound} and finite, got {value}")
 
 
 @register_rule
@@ -131,7 +133,7 @@ class Energy(RankRule):
     p: float = 0.95
 
     def __post_init__(self) -> None:
-        _check_number("Energy", "p", self.p, fraction=True)
+        check_number("Energy", "p", self.p, fraction=True)
 
     def choose(self, layout: RankLayout, pixels: Pixels) -> Ranks:
         return tuple(self._rank(spectrum.values) for spectrum in layout.spectra())
@@ -152,34 +154,7 @@ class Energy(RankRule):
         return cls(float(argument)) if argument else cls()
 
 
-def _largest_within(layout: RankLayout, cost: Callable[[Ranks], float], budget: float, label: str) -> Ranks:
-    """Ranks at the largest common fraction of the limits whose cost fits.
-
-    Rank 1, with a warning, if even that does not.
-    """
-    floor, top = layout.scaled(0.0), layout.scaled(1.0)
-    if cost(floor) > budget:
-        warnings.warn(
-            f"{label} cannot be met for {layout.format} of shape {list(layout.shape)}: rank 1 already needs "
-            f"{cost(floor):.0f} of {budget:.0f}; using rank 1",
-            UserWarning,
-            stacklevel=5,
-        )
-        return floor
-    if cost(top) <= budget:
-        return top
-    low, high, best = 0.0, 1.0, floor
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        ranks = layout.scaled(middle)
-        if cost(ranks) <= budget:
-            low, best = middle, ranks
-        else:
-            high = middle
-    return best
-
-
-class _Budget(RankRule):
+class NumberRule(RankRule):
     """A rule with one number; "name:number" as text."""
 
     @classmethod
@@ -193,20 +168,22 @@ class _Budget(RankRule):
 
 @register_rule
 @dataclass(frozen=True)
-class Ratio(_Budget):
-    """At most a fraction of the dense layer's weights (bias not counted): uniform ranks by bisection.
+class Ratio(NumberRule):
+    """At most a fraction of the dense layer's weights (bias not counted): largest uniform ranks, filled up.
 
-    Tucker-2 ranks are the same fraction κ of their mode sizes, R_n = max(1, round(κ I_n)); κ is bisected.
+    Tucker-2 and Tucker ranks begin as the same fraction κ of their mode sizes, R_n = max(1, round(κ I_n)), κ
+    found by bisection, those of trains and rings as one number; what that leaves of the budget goes to single
+    ranks, the relatively smallest first, until none can grow by 1.
     """
 
     name: ClassVar[str] = "ratio"
     fraction: float
 
     def __post_init__(self) -> None:
-        _check_number("Ratio", "fraction", self.fraction, fraction=True)
+        check_number("Ratio", "fraction", self.fraction, fraction=True)
 
     def choose(self, layout: RankLayout, pixels: Pixels) -> Ranks:
-        return _largest_within(layout, layout.params, self.fraction * layout.numel, str(self))
+        return largest_within(layout, layout.params, self.fraction * layout.numel, str(self))
 
     def __str__(self) -> str:
         return f"ratio:{self.fraction!r}"
@@ -214,17 +191,17 @@ class Ratio(_Budget):
 
 @register_rule
 @dataclass(frozen=True)
-class Params(_Budget):
+class Params(NumberRule):
     """At most `count` stored weights for the layer (bias not counted), ranks as in `Ratio`."""
 
     name: ClassVar[str] = "params"
     count: float
 
     def __post_init__(self) -> None:
-        _check_number("Params", "count", self.count, fraction=False)
+        check_number("Params", "count", self.count, fraction=False)
 
     def choose(self, layout: RankLayout, pixels: Pixels) -> Ranks:
-        return _largest_within(layout, layout.params, self.count, str(self))
+        return largest_within(layout, layout.params, self.count, str(self))
 
     def __str__(self) -> str:
         return f"params:{self.count!r}"
@@ -232,7 +209,7 @@ class Params(_Budget):
 
 @register_rule
 @dataclass(frozen=True)
-class Flops(_Budget):
+class Flops(NumberRule):
     """At most `count` FLOPs (two per multiply-add) for the layer and one sample, ranks as in `Ratio`.
 
     Counted over the `pixels` given to `resolve`. Without them a layer is taken to read and write one
@@ -244,10 +221,10 @@ class Flops(_Budget):
     count: float
 
     def __post_init__(self) -> None:
-        _check_number("Flops", "count", self.count, fraction=False)
+        check_number("Flops", "count", self.count, fraction=False)
 
     def choose(self, layout: RankLayout, pixels: Pixels) -> Ranks:
-        return _largest_within(layout, lambda ranks: 2 * layout.macs(ranks, pixels), self.count, str(self))
+        return largest_within(layout, lambda ranks: 2 * layout.macs(ranks, pixels), self.count, str(self))
 
     def __str__(self) -> str:
         return f"flops:{self.count!r}"

@@ -125,8 +125,9 @@ def parse_rank(text: str) -> int | float | Ranks | RankRule:
     """Rank specification from text, as a command line or a report writes it.
 
     "16" is an int, "16,24" a tuple, "0.25" a fraction of the dense weights, and "vbmf", "vbmf:exact",
-    "energy", "energy:0.95", "ratio:0.25", "params:10000", "flops:2e6" are rules; `str(rule)` gives the text
-    back. Raises ValueError that says what was expected.
+    "energy", "energy:0.95", "ratio:0.25", "params:10000", "flops:2e6" are rules, as for whole networks are
+    "network-params:0.25", "network-flops:0.5" and "latency:2.0"; `str(rule)` gives the text back. Raises
+    ValueError that says what was expected.
     """
     head, colon, argument = text.strip().partition(":")
     if head[:1].isalpha():
@@ -152,6 +153,6 @@ def parse_rank(text: str) -> int | float | Ranks | RankRule:
     except ValueError:
         raise ValueError(
             f"rank {text!r}: expected a positive int (16), several (16,24), a fraction in (0, 1] (0.25) "
-            f"or a rule (vbmf, energy:0.95, ratio:0.25, params:10000, flops:2e6)"
+            f"or a rule (vbmf, energy:0.95, ratio:0.25, params:10000, flops:2e6, latency:2.0)"
         ) from None
     return ranks[0] if "," not in text else ranks

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .evaluate import sent
+
 
 def crop_and_flip(
     images: torch.Tensor, generator: torch.Generator, *, pad: int = 4, flip: bool = True
@@ -12,8 +14,8 @@ def crop_and_flip(
     """Each image shifted by up to `pad` pixels over black borders and perhaps mirrored (He et al. 2016).
 
     Arguments:
-        images: [N, C, H, W] of any dtype, on the CPU.
-        generator: where the shifts and flips come from: the same state gives the same images.
+        images: [N, C, H, W] of any dtype, on any device.
+        generator: of the CPU, where the shifts and flips come from: the same state gives the same images.
         pad: largest shift, in pixels.
         flip: whether to mirror left and right, each image with probability 1/2.
 
@@ -27,9 +29,10 @@ def crop_and_flip(
     if flip:
         mirrored = torch.rand(n, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
+    place = images.device
     return padded[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
+        torch.arange(n, device=place)[:, None, None, None],
+        torch.arange(channels, device=place)[None, :, None, None],
+        sent(rows, place)[:, None, :, None],
+        sent(columns, place)[:, None, None, :],
     ]

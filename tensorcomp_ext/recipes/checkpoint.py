@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import reprlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensorcomp_ext.compress.atomic import replacing
 from tensorcomp_ext.models.weights import read_tensor_file
 
 FORMAT = 1
 _KIND = "tensorcomp training checkpoint"
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -24,15 +28,8 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"kind": _KIND, "format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as written:
+        torch.save({"kind": _KIND, "format": FORMAT, **content}, written)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -50,13 +47,48 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def check_settings(path: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """ValueError unless a checkpoint is of a run with the same settings: others would give another result."""
-    changed = [
-        f"{key} (checkpoint {found.get(key)!r}, now {wanted.get(key)!r})"
-        for key in sorted({*found, *wanted})
-        if found.get(key) != wanted.get(key)
-    ]
+    changed = differences(found, wanted)
     if changed:
         raise ValueError(f"checkpoint {path} is of a run with other settings: {', '.join(changed)}")
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> list[str]:
+    """Settings that differ, each with what a checkpoint has and what is asked for now, cut short.
+
+    Args:
+        within: said before their names.
+    """
+    changed = []
+    for key in sorted({*found, *wanted}):
+        old, new = found.get(key), wanted.get(key)
+        if old == new:
+            continue
+        if key == "callbacks" and old is not None and new is not None:
+            changed += _of_callbacks(old, new)
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += differences(old, new, f"{within}{key}.")
+        else:
+            changed.append(f"{within}{key} (checkpoint {_SHORT.repr(old)}, now {_SHORT.repr(new)})")
+    return changed
+
+
+def _of_callbacks(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> list[str]:
+    """Of callbacks of the same types in the same order the settings that differ, else the types."""
+    before, now = ([entry["type"] for entry in entries] for entries in (found, wanted))
+    if before != now:
+        return [f"callbacks (checkpoint {', '.join(before) or 'none'}, now {', '.join(now) or 'none'})"]
+    pairs = zip(found, wanted, strict=True)
+    return [text for old, new in pairs for text in differences(old, new, f"callbacks: {old['type']}.")]
+
+
+def checksum(*tensors: torch.Tensor) -> str:
+    """Hexadecimal checksum of shapes, dtypes and rows of tensors: of each about a megabyte, evenly spread."""
+    found = 0
+    for tensor in tensors:
+        found = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode(), found)
+        rows = tensor.detach()[:: 1 + tensor.nbytes // 2**20].cpu().contiguous().reshape(-1)
+        found = zlib.crc32(rows.view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -9,22 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorcomp_ext.plan.modes import modes_kept
+
 from .callbacks import Callback, TrainState
 from .checkpoint import fingerprint
-from .evaluate import modes_kept
 
 Direction = Literal["teacher-student", "student-teacher"]
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, direction: Direction = "teacher-student"
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    direction: Direction = "teacher-student",
+    asked: Tensor | None = None,
 ) -> Tensor:
-    """``KL(p || q)`` of the softmax of logits / T, in nats, the mean over the batch.
+    """``KL(p || q)`` of the softmax of logits / T, in nats, the mean over the answers that are asked for.
 
     Args:
         student, teacher: logits ``[..., classes]``.
         temperature: T.
         direction: "teacher-student": p of the teacher, q of the student (Hinton et al. 2015); or the reverse.
+        asked: bool ``[...]``, such as ``False`` where sentences are padded; None for all.
 
     Raises:
         ValueError: shapes that differ, a temperature of 0 or below, another direction.
@@ -36,7 +42,12 @@ def divergence(
     _check("divergence", 0.5, temperature, direction)
     ours, theirs = (F.log_softmax(t.float() / temperature, dim=-1) for t in (student, teacher))
     p, q = (theirs, ours) if direction == "teacher-student" else (ours, theirs)
-    return (p.exp() * (p - q)).sum(-1).mean()
+    each = (p.exp() * (p - q)).sum(-1)
+    if asked is None:
+        return each.mean()
+    if asked.shape != each.shape:
+        raise ValueError(f"divergence: asked must be {list(each.shape)}, got {list(asked.shape)}")
+    return each.where(asked, 0.0).sum() / asked.sum().clamp(min=1)
 
 
 def distillation_loss(
@@ -47,15 +58,16 @@ def distillation_loss(
     alpha: float = 0.9,
     temperature: float = 3.0,
     direction: Direction = "teacher-student",
+    asked: Tensor | None = None,
 ) -> Tensor:
     """``alpha hard + (1 - alpha) T^2 KL``: the loss of the labels, and the divergence from a teacher.
 
     Args:
-        student, teacher: logits ``[N, classes]``.
+        student, teacher: logits ``[..., classes]``.
         hard: the loss of the labels, as ``cross_entropy`` gives it.
         alpha: weight of the labels, in [0, 1].
         temperature: T.
-        direction: of the divergence, see :func:`divergence`.
+        direction, asked: of the divergence, see :func:`divergence`.
 
     Raises:
         ValueError: shapes that differ, or options out of range.
@@ -63,7 +75,7 @@ def distillation_loss(
     Source: Hinton et al. 2015; Hawkins et al. 2021 write the divergence the other way round.
     """
     _check("distillation_loss", alpha, temperature, direction)
-    soft = divergence(student, teacher, temperature, direction)
+    soft = divergence(student, teacher, temperature, direction, asked)
     return alpha * hard + (1.0 - alpha) * temperature**2 * soft
 
 
@@ -71,8 +83,8 @@ class Distillation(Callback):
     """Adds the divergence from a teacher to the loss of the labels; see :func:`distillation_loss`.
 
     Args:
-        teacher: asked in evaluation mode, without gradients, on the images the student sees; its modes are
-            left as they were.
+        teacher: asked in evaluation mode, without gradients, on what the student sees; its modes are left as
+            they were. Answers that the task does not ask for, such as those at padding, do not count.
         alpha, temperature, direction: as :func:`distillation_loss` takes them.
 
     Raises:
@@ -100,11 +112,18 @@ class Distillation(Callback):
         }
 
     def on_loss(self, state: TrainState, loss: Tensor) -> Tensor:
-        assert state.images is not None and state.outputs is not None
+        assert state.outputs is not None and state.labels is not None
         with modes_kept(self.teacher), torch.no_grad():
-            answers = self.teacher.eval()(state.images)
-        options = {"alpha": self.alpha, "temperature": self.temperature}
-        return distillation_loss(state.outputs, answers, loss, direction=self.direction, **options)
+            answers = self.teacher.eval()(*state.inputs)
+        return distillation_loss(
+            state.outputs,
+            answers,
+            loss,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            direction=self.direction,
+            asked=state.task.asked(state.labels),
+        )
 
 
 def _check(name: str, alpha: float, temperature: float, direction: str) -> None:

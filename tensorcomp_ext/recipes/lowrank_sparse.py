@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tensorcomp_ext.compress.calls import output_distance, trace
-from tensorcomp_ext.compress.factorize import count_bytes
-from tensorcomp_ext.compress.measure import refresh
 from tensorcomp_ext.compress.report import Report
-from tensorcomp_ext.compress.surgery import count_parameters
 from tensorcomp_ext.data import Dataset
 from tensorcomp_ext.formats._sparse import SparseFormat
+from tensorcomp_ext.formats.lowrank_sparse import MODES
 from tensorcomp_ext.nn import FactorizedLayer
 
 from .callbacks import Callback
+from .decisions import Begun, check_attached, check_training
 from .distillation import Direction, Distillation
+from .options import check_choice, check_number
+from .prepare import checked_callbacks
 from .pruning import CRITERIA, Criterion, GlobalPruner, GradualPruning
-from .settings import Epoch, check_run
-from .sparse_start import LowRank, Method, parts_of
+from .recount import recount
+from .settings import Epoch
+from .sparse_start import METHODS, LowRank, Method, parts_of
 from .sparsity import SPARSITY_SCHEDULES
+from .task import Task
 from .train import train
 
 BINS = 40
@@ -46,7 +49,7 @@ class LowRankSparseResult(NamedTuple):
 
 def lowrank_sparse(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Dataset | Task,
     *,
     method: Method = "lowrank-sparse",
     low_rank: LowRank = "tt",
@@ -80,7 +83,8 @@ def lowrank_sparse(
 
     Args:
         model: trained; it is not changed, and is the teacher.
-        dataset: to train on; ``data.load`` reads some, and any uint8 images make a ``data.Dataset``.
+        dataset: to train on; ``data.load`` reads some, any uint8 images make a ``data.Dataset``, and what is
+            no image is a :class:`.Task`.
         method: "lowrank-sparse"; or, to compare with, "sparse" (no L, pruned and trained in the same way) or
             "lowrank" (no S: decomposed and trained in the same way).
         low_rank, mode, init, fraction, iterations, exclude, example_inputs: as :func:`.parts_of`.
@@ -101,12 +105,24 @@ def lowrank_sparse(
 
     Source: Hawkins et al. 2021 (low-rank + sparse tensor compression), Algorithm 1.
     """
+    name = "lowrank_sparse"
+    training |= {"lr": lr, "schedule": schedule, "weight_decay": weight_decay}
+    check_training(name, dataset, epochs, model=model, **training)
+    callbacks = checked_callbacks(name, callbacks)
+    check_choice(name, "method", method, METHODS)
+    check_choice(name, "mode", mode, MODES)
+    check_choice(name, "init", init, ("residual", "masking"))
+    check_choice(name, "sparsity_schedule", sparsity_schedule, SPARSITY_SCHEDULES)
+    check_choice(name, "criterion", criterion, CRITERIA)
+    check_number(name, "sparsity", sparsity, 0, 1, "[0, 1)")
+    check_number(name, "fraction", fraction, 0, 1, "(0, 1]")
+    check_number(name, "iterations", iterations, 1, math.inf, "[1, inf)", int)
+    if prune_epochs is not None:
+        last = max(epochs, 1)
+        check_number(name, "prune_epochs", prune_epochs, 1, last, f"[1, epochs] = [1, {last}]", int)
     if storage is not None:
-        if not 0.0 < storage <= 1.0:
-            raise ValueError(f"lowrank_sparse: storage must be in (0, 1], got {storage}")
+        check_number(name, "storage", storage, 0, 1, "(0, 1]")
         fraction = storage if method == "lowrank" else fraction
-    check_run("lowrank_sparse", dataset, epochs)
-    _check(sparsity, epochs, prune_epochs, sparsity_schedule, criterion)
     # What S will hold in the end: of what is stored, what L leaves.
     left = 1.0 - sparsity if storage is None else storage - fraction
     if method == "lowrank-sparse" and init == "masking" and not 0.0 < left < 1.0:
@@ -117,6 +133,11 @@ def lowrank_sparse(
     outliers = min(max(left, 1e-6), 1 - 1e-6)  # a number that is not used must be sound, too
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     taught = Distillation(teacher, alpha=alpha, temperature=temperature, direction=direction)
+    begun: dict[str, Any] = {"method": method, "mode": mode, "init": init, "fraction": fraction}
+    begun["low_rank"] = dict(low_rank) if isinstance(low_rank, Mapping) else low_rank
+    begun |= {"outliers": outliers, "iterations": iterations}
+    attached: list[Callback] = [taught, Begun(begun)]
+    check_attached(training.get("checkpoint"), [*attached, *callbacks])
     result = parts_of(
         model,
         method=method,
@@ -132,10 +153,6 @@ def lowrank_sparse(
     )
     small, report = result
     before = _histograms(small, teacher, report)
-    begun: dict[str, Any] = {"method": method, "mode": mode, "init": init, "fraction": fraction}
-    begun["low_rank"] = low_rank if isinstance(low_rank, str) else dict(low_rank)
-    begun |= {"outliers": outliers, "iterations": iterations}
-    attached: list[Callback] = [taught, _Begun(begun)]
     if method != "lowrank":
         pruner = GlobalPruner(small, criterion=criterion)
         final = sparsity if storage is None else _sparsity_for(storage, small, pruner)
@@ -147,45 +164,14 @@ def lowrank_sparse(
         small,
         dataset,
         epochs=epochs,
-        lr=lr,
-        schedule=schedule,
-        weight_decay=weight_decay,
         callbacks=[*attached, *callbacks],
         **training,
     ).history
     finalize(small)
-    _recount(report, small, teacher, example_inputs)
+    recount(report, small, example_inputs, teacher)
     report.details["lowrank_sparse"] = {"method": method, **stored(small)}
     report.details["histograms"] = _histograms(small, teacher, report, before)
     return LowRankSparseResult(small, report, history)
-
-
-class _Begun(Callback):
-    """What a run began with: with another start a checkpoint is of another run."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-
-    def settings(self) -> dict[str, Any]:
-        return self.options
-
-
-def _check(
-    sparsity: float, epochs: int, prune_epochs: int | None, sparsity_schedule: str, criterion: str
-) -> None:
-    """Refuse what would be refused after the decompositions only."""
-    name = "lowrank_sparse"
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"{name}: sparsity must be in [0, 1), got {sparsity}")
-    if epochs < 0:
-        raise ValueError(f"{name}: epochs must be 0 or more, got {epochs}")
-    if prune_epochs is not None and not 1 <= prune_epochs <= max(epochs, 1):
-        raise ValueError(f"{name}: prune_epochs must be in [1, epochs] = [1, {epochs}], got {prune_epochs}")
-    if sparsity_schedule not in SPARSITY_SCHEDULES:
-        names = ", ".join(SPARSITY_SCHEDULES)
-        raise ValueError(f"{name}: sparsity_schedule must be one of {names}, got {sparsity_schedule!r}")
-    if criterion not in CRITERIA:
-        raise ValueError(f"{name}: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -227,20 +213,6 @@ def _sparsity_for(storage: float, model: nn.Module, pruner: GlobalPruner) -> flo
             f"low-rank parts take, got {storage}"
         )
     return 1.0 - entries / pruner.numel
-
-
-def _recount(report: Report, model: nn.Module, dense: nn.Module, example_inputs: Any) -> None:
-    """Bring formats, sizes, costs and the difference of the outputs up to date after training."""
-    layers = layers_of(model)
-    for entry in report.replaced:
-        weight = layers[entry.name].weight
-        entry.format, entry.parameters_after = weight.name, weight.counted
-        count_bytes(entry, _dense_weight(dense, entry.name), weight)
-    report.parameters_after = count_parameters(model)
-    if example_inputs is not None:
-        refresh(report, model, example_inputs)
-        expected, found = (trace(network, {}, example_inputs)[0] for network in (dense, model))
-        report.output_error = output_distance(expected, found)
 
 
 def _dense_weight(model: nn.Module, name: str) -> torch.Tensor:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from tensorcomp_ext.data import Dataset
-
 from .evaluate import Accuracy
-from .schedule import SCHEDULES
 
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,11 @@ class Epoch:
     Attributes:
         epoch: from 1.
         loss: mean over the epoch's batches of what was differentiated.
-        train: correct answers on the (augmented) training images as they passed, in training mode.
-        test: accuracy on the test images after the epoch, or None where not asked for.
+        train: correct answers on the (augmented) training examples as they passed, in training mode.
+        test: accuracy on the test examples after the epoch, or None where not asked for.
         lr: learning rate of the last step.
         seconds: wall time of the epoch's training.
+        extra: figures of the methods at work, and of the test examples, by name.
     """
 
     epoch: int
@@ -36,6 +34,7 @@ class Epoch:
     test: Accuracy | None
     lr: float
     seconds: float
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for JSON and checkpoints."""
@@ -49,17 +48,6 @@ class Epoch:
         return cls(**{**entry, "train": Accuracy(*entry["train"]), "test": test})
 
 
-def check_run(name: str, dataset: Any, epochs: Any) -> None:
-    """TypeError for another object than a ``Dataset``, and for epochs that are no int."""
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"{name}: dataset must be a tensorcomp_ext.data.Dataset, as tensorcomp_ext.data.load gives it, "
-            f"got {type(dataset).__name__}"
-        )
-    if not isinstance(epochs, int) or isinstance(epochs, bool):
-        raise TypeError(f"{name}: epochs must be an int, got {epochs!r}")
-
-
 class TrainResult(NamedTuple):
     """The trained model (the one given) and its history, resumed epochs included."""
 
@@ -71,8 +59,8 @@ class TrainResult(NamedTuple):
 class Settings:
     """What decides the result of a run; a checkpoint resumes only under the same."""
 
-    dataset: str
-    images: int
+    task: dict[str, Any]
+    examples: int
     epochs: int
     lr: float
     batch_size: int
@@ -80,28 +68,27 @@ class Settings:
     weight_decay: float
     schedule: str
     optimizer: str
-    augment: bool
-    label_smoothing: float
     seed: int
-    channels_last: bool
     callbacks: list[dict[str, Any]]
+    precision: str = "float32"
+    accumulate: int = 1
+    warmup: int = 0
+    processes: int = 1
+    parameters: list[dict[str, Any]] | None = None
 
-    def check(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"train: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"train: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
-            )
-        if self.images < 1:
-            raise ValueError(f"train: {self.dataset} has no training images")
-        for name, value, low, high in (
-            ("epochs", self.epochs, 0, math.inf),
-            ("batch_size", self.batch_size, 1, math.inf),
-            ("lr", self.lr, 0, math.inf),
-            ("momentum", self.momentum, 0, 1),
-            ("weight_decay", self.weight_decay, 0, math.inf),
-            ("label_smoothing", self.label_smoothing, 0, 1),
-        ):
-            if not low <= value <= high or math.isinf(value):
-                raise ValueError(f"train: {name} must be finite and in [{low}, {high}], got {value}")
+    def recorded(self) -> dict[str, Any]:
+        """As a checkpoint keeps them: those of the task beside the others."""
+        own = {
+            key: float(value) if isinstance(value, float) else value  # numpy's floats are no plain ones
+            for key, value in asdict(self).items()
+            if key not in ("task", "examples")
+        }
+        return {**self.task, **own}
+
+    @staticmethod
+    def completed(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a checkpoint's content; of what older ones do not say those ``wanted`` are taken."""
+        older = {"optimizer": "sgd", "precision": "float32", "accumulate": 1, "warmup": 0, "processes": 1}
+        untold = {**wanted, **content.get("normalization", {})}
+        untold = {key: untold[key] for key in ("mean", "std", "fingerprint", "parameters") if key in wanted}
+        return {**older, **untold, **content["settings"]}

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tensorcomp_ext.data import Dataset
+from tensorcomp_ext.plan.modes import modes_kept
 
-from .augment import crop_and_flip
+from . import processes
 from .callbacks import Callback, TrainState
 from .checkpoint import check_settings, load_model_state, read_checkpoint, write_checkpoint
-from .evaluate import Accuracy, device_of, evaluate, modes_kept
-from .schedule import SCHEDULES
-from .settings import Epoch, Settings, TrainResult, check_run
+from .evaluate import device_of
+from .logs import Logs
+from .loop import Progress, run_epoch
+from .normalization import begin_training
+from .prepare import check_model, checked_callbacks, checked_groups, prepare
+from .settings import Epoch, Settings, TrainResult
+from .task import ImageTask, Task
 
-Progress = Callable[[TrainState], None]
+FINETUNING: dict[str, Any] = {"weight_decay": 1e-4, "schedule": "cosine"}
+"""What :func:`finetune` takes unless it is given."""
 
 
 def train(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Dataset | Task,
     *,
     epochs: int,
     lr: float = 0.1,
@@ -35,183 +38,202 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     schedule: str = "onecycle",
+    warmup: int = 0,
     optimizer: str = "sgd",
     augment: bool | None = None,
     label_smoothing: float = 0.0,
+    precision: str = "float32",
+    accumulate: int = 1,
     seed: int = 0,
     channels_last: bool = False,
     parameters: Sequence[Mapping[str, Any]] | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Iterable[Callback] = (),
     progress: Progress | None = None,
     test_each_epoch: bool = False,
     checkpoint: str | Path | None = None,
+    logs: str | Path | None = None,
 ) -> TrainResult:
-    """Minimise the mean cross-entropy by SGD or Adam, in place; on a CPU resumable bit by bit.
+    """Minimise the mean loss by SGD or Adam, in place; on a CPU resumable bit by bit.
 
     Every epoch draws its order, augmentation and dropout from (seed, epoch) alone, and the learning rate is a
     function of the step, so a run killed at any moment and started again with the same arguments continues
     from the last finished epoch exactly as if it had not been. torch's global random state is left as it was.
 
+    Started by torchrun, after ``torch.distributed.init_process_group``, every process takes its share of each
+    batch and gradients are averaged by DistributedDataParallel, or by ``fully_shard`` where the model is
+    sharded so; the first process writes checkpoints and logs.
+
     Arguments:
-        model: maps images [N, C, H, W] to logits [N, classes]; trained where it lies, its training modes
-            restored.
-        dataset: its training images are used; test images only for the record, with test_each_epoch.
-        epochs: passes over the images; an incomplete last batch of a pass is dropped.
+        model: maps the task's inputs to its answers, images [N, C, H, W] to logits [N, classes]; trained
+            where it lies, its modes restored. Of a network in training mode, submodules in evaluation mode
+            stay so, such as batch normalisation somebody has frozen. One that is in evaluation mode is put
+            into training mode, but for batch normalisation whose weights and biases require no gradients.
+        dataset: images, or any `Task`; what is for testing serves for the record only, with test_each_epoch.
+        epochs: passes over the examples; an incomplete last batch of a pass is dropped.
         lr: largest learning rate.
-        batch_size: images per step; all images at once where there are fewer.
+        batch_size: examples per step, of all processes together; all at once where there are fewer.
         momentum: Nesterov's; of Adam its first decay rate.
-        weight_decay: L2 coefficient on every parameter.
-        schedule: "onecycle", "cosine", "constant" or "decay".
-        optimizer: "sgd" or "adam" (Kingma & Ba 2015), for which lr should be about 1e-3.
-        augment: shift by up to 4 pixels and mirror; None does so for cifar10 only (digits must not be
+        weight_decay: L2 coefficient on every parameter; with "adamw" decoupled from the gradient.
+        schedule: "onecycle", "cosine", "constant", "decay" or "multistep".
+        warmup: steps over which the learning rate grows linearly to the schedule's.
+        optimizer: "sgd", "adam" (Kingma & Ba 2015) or "adamw" (Loshchilov & Hutter 2019); lr of the latter
+            two should be about 1e-3.
+        augment: shift images by up to 4 pixels and mirror; None does so for CIFAR only (digits must not be
             mirrored).
-        label_smoothing: weight of the uniform distribution in the targets, 0..1.
+        label_smoothing: weight of the uniform distribution in the targets of images, 0..1.
+        precision: "float32", or "bf16": forward passes under autocast to bfloat16, weights as they are.
+        accumulate: parts into which each batch is cut, whose gradients are added up, to save memory.
         seed: of order, augmentation and dropout; initial weights are the caller's.
         channels_last: convert model and images to the layout that convolutions on CPUs like best.
         parameters: optimiser groups as torch.optim takes them, each with its own "lr" or "weight_decay" where
             wanted; None trains all parameters that require gradients.
         callbacks: training methods, called in order; see `Callback`.
         progress: called after every step.
-        test_each_epoch: evaluate the test images after every epoch, for the history.
+        test_each_epoch: evaluate the test examples after every epoch, for the history.
         checkpoint: file written atomically after every epoch, and resumed from where it exists.
+        logs: folder for history.csv, history.jsonl and, where it is installed, TensorBoard's events.
 
     Raises ValueError for impossible arguments or a checkpoint of other settings, another model or damaged,
-    TypeError for another dataset than a `Dataset`, all before anything is changed; RuntimeError when the loss
-    is no longer finite, naming the epoch.
+    TypeError for arguments of other types, all before anything is changed; RuntimeError when the loss is no
+    longer finite, naming the epoch.
     """
-    check_run("train", dataset, epochs)
-    wants_augment = dataset.name == "cifar10" if augment is None else augment
-    settings = Settings(
-        dataset=dataset.name,
-        images=len(dataset.train_labels),
+    name = "train"
+    groups = checked_groups(name, parameters)
+    check_model(name, model, trained=groups is None)
+    callbacks = checked_callbacks(name, callbacks)
+    task, settings = prepare(
+        name,
+        dataset,
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
         momentum=momentum,
         weight_decay=weight_decay,
         schedule=schedule,
+        warmup=warmup,
         optimizer=optimizer,
-        augment=wants_augment,
+        augment=augment,
         label_smoothing=label_smoothing,
+        precision=precision,
+        accumulate=accumulate,
         seed=seed,
         channels_last=channels_last,
-        callbacks=[{"type": type(callback).__name__, **callback.settings()} for callback in callbacks],
+        parameters=groups,
+        callbacks=callbacks,
+        progress=progress,
+        test_each_epoch=test_each_epoch,
+        checkpoint=checkpoint,
+        logs=logs,
     )
-    settings.check()
-    device = device_of(model)
-    groups = (
-        [dict(g) for g in parameters] if parameters else [p for p in model.parameters() if p.requires_grad]
-    )
-    steps_per_epoch = max(1, settings.images // batch_size)
-    descent = _optimizer(optimizer, groups, lr, momentum, weight_decay)
+    if checkpoint is not None and processes.is_sharded(model):
+        raise ValueError("train: a sharded model has no checkpoint file; use torch.distributed.checkpoint")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    descent = _optimizer(optimizer, groups or trained, lr, momentum, weight_decay)
     for group in descent.param_groups:
         group["peak_lr"] = group["lr"]
-    history: list[Epoch] = []
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved = read_checkpoint(checkpoint)
-        check_settings(checkpoint, {"optimizer": "sgd", **saved["settings"]}, asdict(settings))
-        descent.load_state_dict(saved["optimizer"])
-        load_model_state(checkpoint, model, saved["model"])
-        for callback, kept in zip(callbacks, saved["callbacks"], strict=True):
-            callback.load_state_dict(kept)
-        history = [Epoch.from_dict(entry) for entry in saved["history"]]
+    steps = epochs * max(1, task.size // batch_size)
+    state = TrainState(model, descent, task, epochs, steps, precision=precision, changed=True)
+    history = [] if checkpoint is None else _resumed(Path(checkpoint), settings, state, callbacks)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = TrainState(model, descent, dataset, epochs, epochs * steps_per_epoch)
+    device = device_of(model)
     devices = [device] if device.type == "cuda" else []
+    written = Logs(logs) if logs is not None and processes.place() == 0 else None
+    if written is not None and history:
+        written.write(history)  # a run may have been killed between its checkpoint and its logs
+
+    def keep() -> None:
+        if checkpoint is not None:
+            write_checkpoint(checkpoint, _content(state, settings, callbacks, history))
+        if written is not None:
+            written.write(history)
+
     with modes_kept(model), torch.random.fork_rng(devices):
-        model.train()
+        begin_training(model)
         for callback in callbacks:
             callback.on_start(state)
         for epoch in range(len(history), epochs):
-            state.epoch, state.step = epoch, epoch * steps_per_epoch
-            record = _run_epoch(state, settings, callbacks, progress)
-            for callback in callbacks:
-                callback.on_epoch(state)
-            test = evaluate(model, dataset, channels_last=channels_last) if test_each_epoch else None
-            history.append(Epoch(epoch + 1, *record[:2], test, *record[2:]))
-            if checkpoint is not None:
-                write_checkpoint(
-                    checkpoint,
-                    {
-                        "settings": asdict(settings),
-                        "model": model.state_dict(),
-                        "optimizer": descent.state_dict(),
-                        "callbacks": [callback.state_dict() for callback in callbacks],
-                        "history": [entry.to_dict() for entry in history],
-                        "normalization": {"mean": list(dataset.mean), "std": list(dataset.std)},
-                    },
-                )
+            state.epoch, state.step = epoch, epoch * (steps // epochs)
+            history.append(_epoch(state, settings, callbacks, progress, test_each_epoch))
+            processes.first_alone(device, keep)
+    if written is not None:
+        written.close()
     return TrainResult(model, history)
 
 
-def _optimizer(
-    name: str, parameters: Any, lr: float, momentum: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
-    nesterov = momentum > 0
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-
-
 def finetune(
-    model: nn.Module, dataset: Dataset, *, epochs: int = 1, lr: float = 0.01, **options: Any
+    model: nn.Module, dataset: Dataset | Task, *, epochs: int = 1, lr: float = 0.01, **options: Any
 ) -> TrainResult:
     """Train a network that already works: `train` with a small learning rate that falls from the start.
 
     Arguments: those of `train`, with weight_decay 1e-4 and schedule "cosine" unless given.
     """
-    return train(
-        model, dataset, epochs=epochs, lr=lr, **{"weight_decay": 1e-4, "schedule": "cosine", **options}
-    )
+    return train(model, dataset, epochs=epochs, lr=lr, **{**FINETUNING, **options})
 
 
-def _run_epoch(
-    state: TrainState, settings: Settings, callbacks: Sequence[Callback], progress: Progress | None
-) -> tuple[float, Accuracy, float, float]:
-    """One pass over the images: mean loss, correct answers, last learning rate, seconds."""
-    started = perf_counter()
-    model, optimizer, dataset = state.model, state.optimizer, state.dataset
-    device = device_of(model)
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    seed = settings.seed * 1_000_003 + state.epoch
-    generator = torch.Generator().manual_seed(seed)
-    torch.default_generator.manual_seed(seed)  # dropout and whatever else the model draws
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    order = torch.randperm(settings.images, generator=generator)
-    size = min(settings.batch_size, settings.images)
-    total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    seen = 0
-    for part in order.split(size)[: settings.images // size]:
-        factor = SCHEDULES[settings.schedule](state.step, state.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        images = dataset.train_images[part]
-        if settings.augment:
-            images = crop_and_flip(images, generator)
-        state.images = dataset.normalize(images.to(device, memory_format=layout))
-        state.labels = dataset.train_labels[part].to(device)
-        state.outputs = model(state.images)
-        loss = F.cross_entropy(state.outputs, state.labels, label_smoothing=settings.label_smoothing)
-        for callback in callbacks:
-            loss = callback.on_loss(state, loss)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        state.loss = loss.detach()
-        total_loss += state.loss
-        correct += (state.outputs.detach().argmax(1) == state.labels).sum()
-        seen += len(part)
-        for callback in callbacks:
-            callback.on_step(state)
-        if progress is not None:
-            progress(state)
-        state.step += 1
-    steps = settings.images // size
-    mean_loss = float(total_loss) / steps
-    if not math.isfinite(mean_loss):
-        raise RuntimeError(f"train: the loss is {mean_loss} in epoch {state.epoch + 1}; try a smaller lr")
-    lr = float(optimizer.param_groups[0]["lr"])
-    return mean_loss, Accuracy(int(correct), seen), lr, perf_counter() - started
+def _optimizer(
+    name: str, parameters: Any, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    if name == "sgd":
+        nesterov = momentum > 0
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        )
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+
+
+def _epoch(
+    state: TrainState,
+    settings: Settings,
+    callbacks: Sequence[Callback],
+    progress: Progress | None,
+    test_each_epoch: bool,
+) -> Epoch:
+    """An epoch, the test examples after it, and then what methods do between epochs."""
+    record = run_epoch(state, settings, callbacks, progress)
+    processes.share_buffers(state.model)
+    if test_each_epoch:
+        with modes_kept(state.model):
+            test, figures = state.task.evaluate(state.model)
+        record = replace(record, test=test, extra=dict(figures))
+    for callback in callbacks:
+        callback.on_epoch(state)
+    extra = dict(record.extra)
+    for callback in callbacks:
+        extra |= callback.log()
+    return replace(record, extra=extra)
+
+
+def _resumed(path: Path, settings: Settings, state: TrainState, callbacks: Sequence[Callback]) -> list[Epoch]:
+    """The history of a checkpoint, with network, optimiser and methods as they were; empty without one."""
+    if not path.exists():
+        return []
+    saved = read_checkpoint(path)
+    wanted = settings.recorded()
+    check_settings(path, Settings.completed(saved, wanted), wanted)
+    kept = list(zip(callbacks, saved["callbacks"], strict=True))
+    for callback, found in kept:
+        callback.reshape(state, found)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    load_model_state(path, state.model, saved["model"])
+    for callback, found in kept:
+        callback.load_state_dict(found)
+    return [Epoch.from_dict(entry) for entry in saved["history"]]
+
+
+def _content(
+    state: TrainState, settings: Settings, callbacks: Sequence[Callback], history: Sequence[Epoch]
+) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    content: dict[str, Any] = {
+        "settings": settings.recorded(),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "callbacks": [callback.state_dict() for callback in callbacks],
+        "history": [entry.to_dict() for entry in history],
+    }
+    if isinstance(state.task, ImageTask):
+        data = state.task.dataset
+        content["normalization"] = {"mean": list(data.mean), "std": list(data.std)}
+    return content

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from torch import nn
 
 from tensorcomp_ext.compress import CheckpointError, compress, load, read_header, save
-from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear
+from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear, FadingDense
+from tensorcomp_ext.nn.gates import attach_gates, fold_gates
+from tensorcomp_ext.ranks.gaussian_gates import GaussianGate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*clipped to")
 
@@ -175,6 +177,23 @@ def test_what_cannot_be_stored(tmp_path):
     with pytest.raises(FileNotFoundError):
         save(nn.Linear(2, 2), tmp_path / "nowhere" / "net")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_in_the_middle_of_a_recipe_are_refused(tmp_path):
+    gated = nn.Sequential(nn.Linear(3, 3), FactorizedLinear(8, 6, format="svd", rank=3))
+    attach_gates(gated[1], GaussianGate())
+    with pytest.raises(CheckpointError, match="layer '1' has gates"):
+        save(gated, tmp_path / "net")
+    fold_gates(gated[1])
+    save(gated, tmp_path / "net")
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(8, 6))
+    load(tmp_path / "net", plain)
+    assert same_state(plain.state_dict(), gated.state_dict())
+    layer = FactorizedLinear(8, 6, format="svd", rank=3)
+    fading = nn.Sequential(FadingDense(layer, torch.zeros(6, 8)))
+    with pytest.raises(CheckpointError, match="layer '0' still has its dense weight"):
+        save(fading, tmp_path / "fading")
+    assert not (tmp_path / "fading").exists()
 
 
 def test_failed_write_leaves_the_former_file(saved, monkeypatch, tmp_path):

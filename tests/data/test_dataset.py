@@ -1,6 +1,7 @@
 """The Dataset record and the digits."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -97,6 +98,14 @@ def test_first_keeps_the_beginning():
         ({"train_labels": torch.zeros(5, dtype=torch.long)}, "6 images but"),
         ({"test_labels": torch.full((4,), 3)}, r"labels must be in 0\.\.2"),
         ({"test_images": torch.zeros(4, 1, 6, 5, dtype=torch.uint8)}, "test images"),
+        (
+            {"train_labels": torch.arange(6, dtype=torch.int32) % 3},
+            "labels must be int64, got torch.int32",
+        ),
+        ({"test_labels": torch.zeros(4)}, "test labels must be int64, got torch.float32"),
+        ({"mean": (math.inf,)}, "mean must be finite"),
+        ({"std": (math.nan,)}, r"std must be positive and finite, got \(nan,\)"),
+        ({"std": (math.inf,)}, "std must be positive and finite"),
         ({"mean": (0.5, 0.5)}, "one entry for each of 1 channels"),
         ({"std": (0.0,)}, "std must be positive"),
     ],

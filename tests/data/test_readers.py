@@ -1,6 +1,7 @@
 """Readers of data files: official layouts written byte by byte, then damaged in every way a user meets."""
 
 import gzip
+import lzma
 import struct
 
 import numpy as np
@@ -23,24 +24,25 @@ def idx_bytes(magic, shape, seed=0):
     return struct.pack(f">{1 + len(shape)}I", magic, *shape) + values.tobytes(), values
 
 
-def write_mnist(folder, zipped):
+PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+def write_mnist(folder, ending=""):
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for name, (magic, shape) in IDX_FILES.items():
         content, arrays[name] = idx_bytes(magic, shape)
-        if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
+        (folder / f"{name}{ending}").write_bytes(PACKERS[ending](content))
     return arrays
 
 
-@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("ending", PACKERS)
 @pytest.mark.parametrize(
-    ("name", "folder"), [("mnist", "."), ("mnist", "MNIST/raw"), ("fashion-mnist", "fashion-mnist")]
+    ("name", "folder"),
+    [("mnist", "."), ("mnist", "MNIST/raw"), ("fashion-mnist", "fashion-mnist"), ("kmnist", "KMNIST/raw")],
 )
-def test_idx_values(tmp_path, name, folder, zipped):
-    arrays = write_mnist(tmp_path / folder, zipped)
+def test_idx_values(tmp_path, name, folder, ending):
+    arrays = write_mnist(tmp_path / folder, ending)
     dataset = data.load(name, tmp_path)
     assert dataset.train_images.shape == (12, 1, 28, 28) and dataset.train_images.dtype == torch.uint8
     assert np.array_equal(dataset.train_images[:, 0].numpy(), arrays["train-images-idx3-ubyte"])
@@ -51,7 +53,7 @@ def test_idx_values(tmp_path, name, folder, zipped):
 
 
 def test_padding_centres_the_images(tmp_path):
-    write_mnist(tmp_path, zipped=False)
+    write_mnist(tmp_path)
     plain, padded = data.load("mnist", tmp_path), data.load("mnist", tmp_path, size=32)
     assert padded.image_size == (32, 32)
     assert torch.equal(padded.train_images[:, :, 2:30, 2:30], plain.train_images)
@@ -60,13 +62,13 @@ def test_padding_centres_the_images(tmp_path):
         data.load("mnist", tmp_path, size=20)
 
 
-@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("ending", PACKERS)
 @pytest.mark.parametrize("name", list(IDX_FILES))
 @pytest.mark.parametrize("damage", ["cut data", "cut header", "extra", "magic", "empty", "bytes"])
-def test_damaged_idx(tmp_path, name, zipped, damage):
-    write_mnist(tmp_path, zipped)
+def test_damaged_idx(tmp_path, name, ending, damage):
+    write_mnist(tmp_path, ending)
     content, _ = idx_bytes(*IDX_FILES[name])
-    path = tmp_path / (f"{name}.gz" if zipped else name)
+    path = tmp_path / f"{name}{ending}"
     broken = {
         "cut data": content[:-1],
         "cut header": content[:6],
@@ -75,14 +77,14 @@ def test_damaged_idx(tmp_path, name, zipped, damage):
         "empty": b"",
         "bytes": b"<!DOCTYPE html><html><body>404</body></html>",
     }[damage]
-    path.write_bytes(gzip.compress(broken) if zipped else broken)
+    path.write_bytes(PACKERS[ending](broken))
     with pytest.raises(ValueError, match=path.name):
         data.load("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not gzip", "flipped"])
 def test_damaged_gzip(tmp_path, damage):
-    write_mnist(tmp_path, zipped=True)
+    write_mnist(tmp_path, ".gz")
     path = tmp_path / "train-images-idx3-ubyte.gz"
     content = bytearray(path.read_bytes())
     if damage == "truncated":
@@ -98,7 +100,7 @@ def test_damaged_gzip(tmp_path, damage):
 
 def test_false_header_asks_for_no_memory(tmp_path):
     """A header that promises 2^62 bytes over a file of a few must fail at once."""
-    write_mnist(tmp_path, zipped=True)
+    write_mnist(tmp_path, ".gz")
     content = struct.pack(">4I", 0x803, 2**30, 2**16, 2**16) + b"\1" * 100
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
     with pytest.raises(ValueError, match="got only 100"):
@@ -106,21 +108,21 @@ def test_false_header_asks_for_no_memory(tmp_path):
 
 
 def test_counts_that_differ(tmp_path):
-    write_mnist(tmp_path, zipped=False)
+    write_mnist(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(0x801, (11,))[0])
     with pytest.raises(ValueError, match=r"12 images but .* 11 labels"):
         data.load("mnist", tmp_path)
 
 
 def test_label_out_of_range(tmp_path):
-    write_mnist(tmp_path, zipped=False)
+    write_mnist(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 5) + bytes([0, 1, 2, 10, 3]))
     with pytest.raises(ValueError, match=r"test labels must be in 0\.\.9, got 0\.\.10"):
         data.load("mnist", tmp_path)
 
 
 def test_missing_idx_file(tmp_path):
-    write_mnist(tmp_path, zipped=True)
+    write_mnist(tmp_path, ".gz")
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte\.gz"
@@ -203,7 +205,7 @@ def test_test_images_alone_need_no_training_files(tmp_path, name, present):
     if name == "cifar10":
         write_cifar(tmp_path, batches=(1,) if present else ())
     else:
-        write_mnist(tmp_path, zipped=True)
+        write_mnist(tmp_path, ".gz")
     for path in () if present else tmp_path.glob("train-*"):
         path.unlink()
     dataset = data.load(name, tmp_path, size=32, train=False)
@@ -219,7 +221,7 @@ def test_test_images_alone_need_no_training_files(tmp_path, name, present):
 
 
 def test_unknown_set_and_missing_root():
-    with pytest.raises(ValueError, match=r"'svhn'; known: digits, mnist, fashion-mnist, cifar10"):
-        data.load("svhn", ".")
+    with pytest.raises(ValueError, match=r"'stl10'; known: digits, mnist, fashion-mnist, kmnist, cifar10"):
+        data.load("stl10", ".")
     with pytest.raises(ValueError, match="needs root"):
         data.load("mnist")

@@ -14,6 +14,7 @@ def count(model):
     ("name", "options", "parameters"),
     [
         ("lenet5", {}, 429_100),
+        ("mlp", {}, 496_885),
         ("resnet18", {"num_classes": 1000}, 11_689_512),
         ("resnet20", {}, 269_722),
         ("resnet32", {}, 464_154),
@@ -53,6 +54,8 @@ def test_resnet32_counts_as_the_tensor_ring_papers_split_it():
     [
         ("lenet5", 1, 28, {}),
         ("lenet5", 3, 32, {"input_size": 32}),
+        ("mlp", 1, 28, {}),
+        ("mlp", 3, 9, {"input_size": 9, "hidden": 5}),
         ("resnet18", 3, 224, {}),
         ("resnet18", 1, 33, {}),
         ("resnet20", 1, 28, {}),
@@ -137,6 +140,7 @@ def test_unknown_name_lists_the_known():
         ("resnet20", {"num_classes": 0}, "num_classes"),
         ("resnet20", {"in_channels": 0}, "in_channels"),
         ("lenet5", {"input_size": 11}, "at least 12"),
+        ("mlp", {"hidden": 0}, "hidden must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(name, arguments, message):

@@ -258,15 +258,16 @@ def test_tuned_choices_travel() -> None:
 
 
 def test_what_is_computed_again_in_backward_counts() -> None:
-    """The chain kernel does so within the cache; a convolution in a second pass."""
+    """The chain kernel does so within the cache; a convolution in a second pass; rings less so on CPUs."""
     plan = get_plan("fused")
     conv = FactorizedConv2d(6, 8, 3, format="tucker2", rank=(3, 4))
     ring = FactorizedConv2d(6, 8, 3, format="tr", rank=2)
     chained = [plan.backward_factor(linear(*LINEAR[name][:2], **LINEAR[name][2])) for name in ("svd", "tt")]
-    again = [plan.backward_factor(layer) for layer in (conv, ring)]
+    again, ringed = (plan.backward_factor(layer) for layer in (conv, ring))
     assert chained[0] == chained[1] == get_plan("pair").backward_factor(linear("tt", 3, **THREE))
-    assert 3.0 < chained[0] < again[0] == again[1]
-    assert get_plan("staged").backward_factor(conv) == 3.0
+    assert ringed < 3.0 < chained[0] < again
+    staged = get_plan("staged")
+    assert staged.backward_factor(conv) == 3.0 < staged.backward_factor(ring)
 
 
 def test_cost_of_a_chain() -> None:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
 from tensorcomp_ext import decompose
 from tensorcomp_ext.decompose import svd as svd_module
@@ -33,6 +34,21 @@ def test_vectors(spectrum, shape, variance, rank):
     assert result.rank == rank == len(result.shrunk)
     assert result.noise_variance == pytest.approx(variance, rel=1e-3)
     assert evbmf(spectrum=spectrum, shape=shape[::-1]).rank == rank
+
+
+def test_descent_alone_stops_in_another_minimum():
+    """Why the variance is searched on a grid first: the objective has about one minimum for each rank."""
+    s, size, m = 30 / INDEX, 40, 90
+    tau = 2.5129 * math.sqrt(size / m)
+    x_lower = (1 + tau) * (1 + size / m / tau)
+    pruned = math.ceil(size / (1 + size / m)) - 1
+    low = max(s[pruned] ** 2 / (m * x_lower), (s[pruned:] ** 2).mean() / m)
+    bounds = (low, (s**2).sum() / (size * m))
+    found = minimize_scalar(free_energy, args=(s, size, m, x_lower), bounds=bounds, method="bounded").x
+    assert found == pytest.approx(0.0304, rel=1e-2)
+    assert int((s > math.sqrt(m * found * x_lower)).sum()) == 9
+    best = evbmf(spectrum=s, shape=(size, m)).noise_variance
+    assert free_energy(best, s, size, m, x_lower) < free_energy(found, s, size, m, x_lower)
 
 
 def test_threshold_of_the_flat_tail_vector():

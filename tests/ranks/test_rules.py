@@ -19,6 +19,13 @@ RULES = [
     ranks.Params(10_000),
     ranks.Flops(2_000_000),
 ]
+NETWORK_RULES = [
+    ranks.NetworkParams(0.25),
+    ranks.NetworkParams(10_000),
+    ranks.NetworkFlops(0.5),
+    ranks.Latency(),
+    ranks.Latency(1.5),
+]
 
 
 def random(*shape, seed=0):
@@ -67,6 +74,17 @@ def test_energy_rank_is_the_smallest_that_keeps_p(p):
         assert rank == 1 or share[rank - 2] < p
 
 
+@pytest.mark.parametrize("method", ["hosvd", "hooi"])
+def test_energy_bounds_the_error_of_tucker2(method):
+    for seed in range(5):
+        weight = (
+            random(24, 16, 3, 3, seed=seed)
+            * torch.linspace(1, 0.01, 24, dtype=torch.float64)[:, None, None, None]
+        )
+        chosen = ranks.Energy(0.95).resolve(weight, "tucker2")
+        assert decompose.tucker2(weight, *chosen, method=method).relative_error <= math.sqrt(2 * 0.05)
+
+
 def test_energy_at_one_ignores_what_carries_none():
     planted = random(30, 5) @ random(5, 40, seed=1)
     assert ranks.Energy(1.0).resolve(planted, "svd") == 5
@@ -89,7 +107,7 @@ def test_floor_of_one(rule):
 )
 @pytest.mark.parametrize("fraction", [0.06, 0.25, 0.5, 1.0])
 @pytest.mark.filterwarnings("ignore:.*cannot be met")
-def test_ratio_is_the_largest_uniform_choice(shape, fraction):
+def test_ratio_is_the_largest_uniform_choice_filled_up(shape, fraction):
     weight = torch.ones(shape)
     chosen = ranks.Ratio(fraction).resolve(weight, "tucker2")
     budget = fraction * weight.numel()
@@ -103,8 +121,13 @@ def test_ratio_is_the_largest_uniform_choice(shape, fraction):
             best = pair
     if best is None:
         assert chosen == (1, 1)
-    else:
-        assert chosen == best
+        return
+    assert chosen[0] >= best[0] and chosen[1] >= best[1]
+    assert tucker2_params(shape, *chosen) <= budget
+    for larger in ((chosen[0] + 1, chosen[1]), (chosen[0], chosen[1] + 1)):
+        idle = larger[0] > larger[1] * taps or larger[1] > larger[0] * taps
+        beyond = larger[0] > t or larger[1] > s
+        assert idle or beyond or tucker2_params(shape, *larger) > budget
 
 
 @pytest.mark.parametrize("shape", [(320, 1250), (10, 320), (64, 64), (33, 7)])
@@ -226,7 +249,7 @@ class TestResolve:
 
 
 class TestText:
-    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("rule", [*RULES, *NETWORK_RULES])
     def test_rules_survive_text_and_json(self, rule):
         assert ranks.parse_rank(str(rule)) == rule
         assert ranks.RankRule.from_config(json.loads(json.dumps(rule.to_config()))) == rule
@@ -246,6 +269,10 @@ class TestText:
             ("ratio: 0.5", ranks.Ratio(0.5)),
             ("flops:2e6", ranks.Flops(2_000_000)),
             ("vbmf:exact", ranks.VBMF(exact_threshold=True)),
+            ("latency", ranks.Latency(2.0)),
+            ("latency:1.5", ranks.Latency(1.5)),
+            ("network-params:0.3", ranks.NetworkParams(0.3)),
+            ("network-flops:2e6", ranks.NetworkFlops(2_000_000)),
         ],
     )
     def test_parse(self, text, spec):
@@ -257,7 +284,8 @@ class TestText:
         "text",
         ["", "0", "-3", "0.0", "1.5", "16,", "16,0", "a,b", "2e3", "energy:", "energy:x", "energy:1.5",
          "ratio", "ratio:0", "params:-5", "params:inf", "params:nan", "vbmf:0.5", "svd:3", "nan",
-         "inf", ":3", "16;24"],
+         "inf", ":3", "16;24", "latency:0.5", "latency:inf", "latency:x", "network-params",
+         "network-params:0", "network-flops:-1"],
     )  # fmt: skip
     def test_unreadable(self, text):
         with pytest.raises(ValueError, match="rank"):
@@ -267,13 +295,31 @@ class TestText:
         "config",
         [{}, {"rule": "nope"}, {"rule": ["energy"]}, {"rule": "energy", "q": 1},
          {"rule": "energy", "p": "0.9"}, {"rule": "energy", "p": 7},
-         {"rule": "vbmf", "exact_threshold": 3}, {"rule": "ratio"}],
+         {"rule": "vbmf", "exact_threshold": 3}, {"rule": "ratio"},
+         {"rule": "latency", "speedup": 0.9}, {"rule": "latency", "rounds": 0}],
     )  # fmt: skip
     def test_bad_config(self, config):
-        with pytest.raises(ValueError, match=r"rule|Energy|VBMF"):
+        with pytest.raises(ValueError, match=r"rule|Energy|VBMF|Latency"):
             ranks.RankRule.from_config(config)
 
     @pytest.mark.parametrize("make", [lambda: ranks.Energy("0.9"), lambda: ranks.Ratio(True)])
     def test_arguments_of_the_wrong_type(self, make):
         with pytest.raises(TypeError, match="must be a number"):
             make()
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: ranks.Latency("fast"),
+            lambda: ranks.Latency(2.0, rounds=2.5),
+            lambda: ranks.Latency(2.0, calibration="images"),
+        ],
+    )
+    def test_latency_arguments_of_the_wrong_type(self, make):
+        with pytest.raises(TypeError, match="Latency: "):
+            make()
+
+    def test_a_rule_for_networks_is_none_for_a_layer(self):
+        for rule in NETWORK_RULES:
+            with pytest.raises(ValueError, match="chooses the ranks of all layers together"):
+                ranks.resolve_rank(rule, torch.ones(8, 8), "svd")

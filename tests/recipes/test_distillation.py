@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from small_texts import translations
 from torch import nn
 
 from tensorcomp_ext import recipes
@@ -102,3 +103,44 @@ def test_settings_are_those_of_a_checkpoint(dataset, tmp_path):
             recipes.train(
                 copy.deepcopy(teacher), dataset, callbacks=[Distillation(teacher, **changed)], **options
             )
+
+
+def test_padding_is_not_learned():
+    """Student and teacher differ at a padded position only; what is asked for counts each the same."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    asked = torch.tensor([[True, True, False], [True, False, False]])
+    found = divergence(student, teacher, 2.0, asked=asked)
+    torch.testing.assert_close(found, divergence(student[asked], teacher[asked], 2.0))
+    same = torch.where(asked[..., None], teacher, student).requires_grad_()
+    loss = distillation_loss(same, teacher, torch.zeros(()), asked=asked)
+    assert loss.item() == pytest.approx(0.0, abs=1e-7)
+    (gradient,) = torch.autograd.grad(loss, same)
+    assert gradient.abs().max() < 1e-6
+    assert divergence(student, teacher, asked=torch.zeros_like(asked)) == 0
+    with pytest.raises(ValueError, match=r"asked must be \[2, 3\], got \[2\]"):
+        divergence(student, teacher, asked=asked[:, 0])
+
+
+def test_translations_are_distilled_where_they_are_asked_for():
+    class Says(nn.Module):
+        """One answer everywhere, another one behind the end of the target."""
+
+        def __init__(self, padded):
+            super().__init__()
+            self.logits = nn.Parameter(torch.zeros(30))
+            self.padded = padded
+
+        def forward(self, source, target):
+            found = self.logits.expand(*target.shape, 30).clone()
+            found[..., 5] += self.padded * (target == 0)
+            return found
+
+    task = recipes.TranslationTask(translations(train=32), bleu=False)
+    callback = Distillation(Says(50.0), alpha=0.0)
+    student = Says(0.0)
+    batch = task.batch(torch.arange(8), torch.Generator(), torch.device("cpu"))
+    assert (batch.inputs[1] == 0).any()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    state = recipes.TrainState(student, optimizer, task, 1, 1, inputs=batch.inputs, labels=batch.labels)
+    assert callback.on_loss(state, state.forward()).item() == pytest.approx(0.0, abs=1e-6)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from small_images import quadrants
+from stopping import StopAt
 from torch import nn
 
 import tensorcomp_ext as tc
@@ -215,15 +216,6 @@ def test_few_entries_are_numbered(dataset):
     text = f"{weight.numel:,} weights without indices, 24,576 → {stored:,} bytes with them"
     assert text in str(result.report)
     assert "without indices" not in str(parts_of(model, method="lowrank").report)
-
-
-class StopAt(recipes.Callback):
-    def __init__(self, step=None):
-        self.step = step
-
-    def on_step(self, state):
-        if state.step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("mode", ["additive", "masking"])

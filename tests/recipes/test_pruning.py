@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from pruned_networks import masks, pruned_by_sorting, sparse_network, weights
+from stopping import StopAt
 from torch import nn
 
 from tensorcomp_ext import recipes
@@ -167,15 +168,6 @@ def test_state_round_trip(tmp_path):
     for state in (pruner.state_dict(), {}, {"masks": {"weight": torch.zeros(1)}}):
         with pytest.raises(ValueError, match="masks are of another network"):
             small.load_state_dict(state)
-
-
-class StopAt(recipes.Callback):
-    def __init__(self, step=None):
-        self.step = step
-
-    def on_step(self, state):
-        if state.step == self.step:
-            raise KeyboardInterrupt
 
 
 def trained(dataset, path=None, stop=None, **options):

@@ -1,5 +1,6 @@
 """The training loop: it learns, repeats itself, resumes to the same bits, and refuses what it cannot do."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from torch import nn
 from tensorcomp_ext import models, recipes
 from tensorcomp_ext.recipes import schedule
 from tensorcomp_ext.recipes.augment import crop_and_flip
+from tensorcomp_ext.recipes.checkpoint import check_settings
 
 
 def network(dropout=0.2):
@@ -251,7 +253,7 @@ class Penalty(recipes.Callback):
         self.calls.append("start")
 
     def on_loss(self, state, loss):
-        assert state.outputs.shape == (len(state.labels), 4) and state.images.dtype == torch.float32
+        assert state.outputs.shape == (len(state.labels), 4) and state.inputs[0].dtype == torch.float32
         self.calls.append("loss")
         return loss + 1000 * state.model[0].weight.square().sum()
 
@@ -338,7 +340,7 @@ def test_crops_are_shifted_copies(channels, height, width, pad):
         ({"batch_size": 0}, "batch_size"),
         ({"momentum": 1.5}, "momentum"),
         ({"schedule": "steps"}, "cosine, onecycle, constant"),
-        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, got 'lion'"),
         ({"label_smoothing": 2.0}, "label_smoothing"),
     ],
 )
@@ -356,3 +358,36 @@ def test_zero_epochs_leave_the_model(dataset):
     model, untouched = network(), network()
     assert recipes.train(model, dataset, epochs=0).history == []
     assert same(model, untouched)
+
+
+def test_testing_without_test_examples_is_refused_before_training(dataset):
+    untested = dataclasses.replace(
+        dataset, test_images=dataset.test_images[:0], test_labels=dataset.test_labels[:0]
+    )
+    model, untouched = network(), network()
+    with pytest.raises(ValueError, match="test_each_epoch needs test examples, quadrants has none"):
+        recipes.train(model, untested, epochs=1, test_each_epoch=True)
+    assert same(model, untouched)
+
+
+def test_what_differs_is_named_alone(tmp_path):
+    """Of two runs with long settings a message says what is not the same, and nothing else."""
+    path = tmp_path / "run.ckpt"
+    ranks = {f"layer{k}": [25] * 7 for k in range(100)}
+    gates = {"type": "Gates", "weight": 1.0, "ranks": ranks}
+    found = {"lr": 0.1, "task": {"name": "digits", "mean": [0.5]}, "callbacks": [gates, {"type": "Begun"}]}
+    wanted = {**found, "task": {"name": "digits", "mean": [0.4]}}
+    wanted["callbacks"] = [{**gates, "weight": 0.3}, {"type": "Begun"}]
+    check_settings(path, found, found)
+    with pytest.raises(ValueError) as caught:
+        check_settings(path, found, wanted)
+    assert str(caught.value) == (
+        f"checkpoint {path} is of a run with other settings: "
+        "callbacks: Gates.weight (checkpoint 1.0, now 0.3), task.mean (checkpoint [0.5], now [0.4])"
+    )
+    wanted["callbacks"] = [{**gates, "ranks": {**ranks, "layer7": [24] * 7}}]
+    with pytest.raises(ValueError, match=r"callbacks \(checkpoint Gates, Begun, now Gates\)"):
+        check_settings(path, found, wanted)
+    with pytest.raises(ValueError) as caught:
+        check_settings(path, {"ranks": list(range(1000))}, {"ranks": list(range(999, 0, -1))})
+    assert len(str(caught.value)) < 300

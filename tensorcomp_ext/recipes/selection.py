@@ -1,0 +1,152 @@
+"""One run of rank selection by gates, whatever their distribution: from a dense network to a smaller one."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tensorcomp_ext.data import Dataset
+from tensorcomp_ext.ranks.gates import Gate
+
+from .callbacks import Callback
+from .decisions import check_attached, check_training
+from .gated import GatedNetwork, RankSelection
+from .options import check_number
+from .prepare import checked_callbacks
+from .recount import recount
+from .result import RecipeResult
+from .start import check_start, factorized, structures
+from .task import Task
+from .train import train
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every recipe of rank selection is asked for beside its own options; see :func:`.l0`."""
+
+    name: str
+    rank: Any
+    format: Any
+    preset: str | None
+    layers: str | Iterable[str] | None
+    exclude: str | Iterable[str]
+    start: str
+    remove_below: float
+    remove_every: int
+    target: float | None
+    gate_lr: float
+    lr: float
+    weight_decay: float
+    seed: int
+    example_inputs: Any
+    callbacks: Iterable[Callback]
+
+    def check(self, model: nn.Module, dataset: Dataset | Task, training: Mapping[str, Any]) -> None:
+        """Refuse what would be refused after the decompositions only; ``training`` as ``train`` takes it."""
+        check_start(self.name, self.start)
+        check_gates(self.name, self.remove_below, self.remove_every, self.target, self.gate_lr)
+        own: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
+        check_training(self.name, dataset, model=model, **training, **own)
+
+
+def check_gates(
+    name: str, remove_below: float, remove_every: int, target: float | None, gate_lr: float
+) -> None:
+    """ValueError or TypeError for what cannot be, naming it."""
+    check_number(name, "remove_below", remove_below, 0.0, 1.0, "[0, 1)")
+    if type(remove_every) is not int or remove_every < 0:
+        raise ValueError(f"{name}: remove_every must be an int >= 0, got {remove_every!r}")
+    if target is not None:
+        check_number(name, "target", target, 1.0, math.inf, "(1, inf)")
+    check_number(name, "gate_lr", gate_lr, 0.0, math.inf, "[0, inf)")
+
+
+def select(
+    run: Run,
+    model: nn.Module,
+    dataset: Dataset | Task,
+    gate: Gate,
+    selection: Callable[..., RankSelection],
+    options: dict[str, Any],
+    training: dict[str, Any],
+) -> RecipeResult:
+    """Put layers into factors, train them with gates, and cut what the gates shut.
+
+    Args:
+        run: its options, checked here before anything else.
+        selection: the callback, which takes a :class:`.GatedNetwork` and ``options``.
+        training: options of ``train``.
+    """
+    run.check(model, dataset, training)
+    callbacks = checked_callbacks(run.name, run.callbacks)
+    check_attached(training.get("checkpoint"), callbacks)
+    small, report = factorized(
+        run.name,
+        model,
+        rank=run.rank,
+        format=run.format,
+        preset=run.preset,
+        layers=run.layers,
+        exclude=run.exclude,
+        start=run.start,
+        seed=run.seed,
+        example_inputs=run.example_inputs,
+    )
+    before = {entry.name: entry.rank for entry in report.replaced}
+    network = GatedNetwork(small, gate, report.parameters_before, seed=run.seed)
+    if run.target is not None and gate.begins_open and network.ratio() >= run.target:
+        warnings.warn(
+            f"{run.name}: with these first ranks the network is {network.ratio():.1f} times smaller already, "
+            f"target {run.target:g}: gates are frozen from the beginning; larger ranks leave them a choice",
+            stacklevel=3,
+        )
+    method = selection(
+        network,
+        remove_below=run.remove_below,
+        remove_every=run.remove_every,
+        target=run.target,
+        start={
+            **{"start": run.start, "gate_lr": run.gate_lr, "layers": structures(small, report)},
+            **options,
+        },
+        **options,
+    )
+    gates = {id(location) for location in network.locations}
+    weights = [p for p in small.parameters() if p.requires_grad and id(p) not in gates]
+    groups: list[dict[str, Any]] = [
+        {"params": weights},
+        {"params": network.locations, "lr": run.lr * run.gate_lr, "weight_decay": 0.0},
+    ]
+    history = train(
+        small,
+        dataset,
+        lr=run.lr,
+        weight_decay=run.weight_decay,
+        seed=run.seed,
+        parameters=groups,
+        callbacks=[method, *callbacks],
+        **training,
+    ).history
+    count, frozen = network.count_gates(), network.frozen
+    if run.target is not None and not frozen:
+        warnings.warn(
+            f"{run.name}: target {run.target:g} was not reached: the network is {network.ratio():.1f} times "
+            "smaller; more epochs, a stronger penalty or a larger gate_lr shut more gates",
+            stacklevel=3,
+        )
+    network.fold()
+    recount(report, small, run.example_inputs)
+    report.details[run.name] = {
+        "ranks_before": before,
+        "ranks_after": {entry.name: entry.rank for entry in report.replaced},
+        "ratio": report.model_ratio,
+        "gates": count,
+        "ratio_with_gates": report.parameters_before / (report.parameters_after + count),
+        "frozen": frozen,
+    }
+    return RecipeResult(small, report, history)
