@@ -18,11 +18,17 @@ STEPS = 60
 
 @dataclass
 class Subject:
-    """A layer that competes for the budget; costs in whatever unit the budget has."""
+    """A layer that competes for the budget; costs in whatever unit the budget has.
+
+    Attributes:
+        dense_cost: ranks that cost as much leave the layer dense.
+        ceiling: of a layer that is not to be dense: all its ranks cost less, whatever the threshold.
+    """
 
     layout: RankLayout
     cost: Callable[[Ranks], float]
-    dense_cost: float
+    dense_cost: float = math.inf
+    ceiling: float = math.inf
 
     @cached_property
     def kept(self) -> list[Tensor]:
@@ -30,12 +36,33 @@ class Subject:
         return [kept_energy(spectrum.values) for spectrum in self.layout.spectra()]
 
     def at(self, p: float) -> Ranks | None:
-        """The smallest ranks that keep a share p; None, dense, where these save nothing."""
-        ranks = tuple(
+        """The smallest ranks that keep a share p; None, dense, where these save nothing.
+
+        Under the ceiling: those of the largest share that stays below it, and of rank 1 where none does.
+        """
+        ranks = self._keeping(p)
+        if self.cost(ranks) >= self.ceiling:
+            ranks = self._highest
+        return ranks if self.cost(ranks) < self.dense_cost else None
+
+    def _keeping(self, p: float) -> Ranks:
+        return tuple(
             min(max(1, int((kept[1:] < p * (1 - 1e-15)).sum()) + 1), limit)
             for kept, limit in zip(self.kept, self.layout.limits, strict=True)
         )
-        return ranks if self.cost(ranks) < self.dense_cost else None
+
+    @cached_property
+    def _highest(self) -> Ranks:
+        """Ranks at the largest share whose cost is below the ceiling."""
+        low, high, best = 0.0, 1.0, self._keeping(0.0)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            ranks = self._keeping(middle)
+            if self.cost(ranks) < self.ceiling:
+                low, best = middle, ranks
+            else:
+                high = middle
+        return best
 
     def price(self, ranks: Ranks | None) -> float:
         return self.dense_cost if ranks is None else self.cost(ranks)
@@ -106,7 +133,7 @@ def _steps(subject: Subject, ranks: Ranks | None) -> Sequence[tuple[float, float
     found: list[tuple[float, float, Ranks | None]] = [(loss, subject.dense_cost - price, None)]
     for place in range(len(ranks)):
         grown = grow(subject.layout, ranks, place)
-        if grown is not None and subject.cost(grown) < subject.dense_cost:
+        if grown is not None and subject.cost(grown) < min(subject.dense_cost, subject.ceiling):
             found.append((loss - subject.loss(grown), subject.cost(grown) - price, grown))
     return found
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ def first_ranks(
     """Ranks of dense weights at one energy threshold, None for layers that stay dense, and a final budget.
 
     Which layers stay dense is decided at the final size; the others' ranks are those at ``start`` times the
-    size that is left for them.
+    size that is left for them, and none begins as large as its dense weight.
 
     Args:
         name: of the recipe, for messages.
@@ -66,7 +64,11 @@ def first_ranks(
     def choose() -> dict[str, Ranks | None]:
         subjects = {place: Subject(layout, layout.params, layout.numel) for place, layout in layouts.items()}
         final = _shared(subjects, budget)
-        rest = {place: replace(subjects[place], dense_cost=math.inf) for place in layouts if final[place]}
+        rest = {
+            place: Subject(layouts[place], layouts[place].params, ceiling=layouts[place].numel)
+            for place in layouts
+            if final[place]
+        }
         dense = sum(layout.numel for place, layout in layouts.items() if place not in rest)
         first: dict[str, Ranks | None] = dict.fromkeys(layouts)
         return first | _shared(rest, int(start * (budget - dense)))
@@ -85,7 +87,8 @@ def cut_to(
 
     Each factor is orthogonalised and its triangle absorbed by the core, whose unfoldings have the spectra of
     the dense weight; see :class:`..ranks.Orthogonal`. Ranks keep one share of energy, the same for all
-    layers, and what the budget then leaves goes to single ones; they never grow. What an optimizer remembers
+    layers but those it would make as large as they are dense, and what the budget then leaves goes to single
+    ones; they never grow. What an optimizer remembers
     of layers that are cut is dropped, as their bases turn; other layers are left as they are. Of several
     processes the first decides.
 
@@ -109,7 +112,9 @@ def cut_to(
         for name, layer in layers.items():
             made[name] = Orthogonal(layer.weight)
         layouts = {name: found.layout for name, found in made.items()}
-        subjects = {name: Subject(layout, layout.params, math.inf) for name, layout in layouts.items()}
+        subjects = {
+            name: Subject(layout, layout.params, ceiling=layout.numel) for name, layout in layouts.items()
+        }
         return _shared(subjects, budget)
 
     sizes = {name: len(ranks_of(layer.weight)) for name, layer in layers.items()}

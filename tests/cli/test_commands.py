@@ -165,7 +165,7 @@ def test_training_goes_on_where_it_was(monkeypatch, weights, tmp_path):
     )
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     outcome = run("compress", *words, "--mode", "masking", *FAST, code=1)
-    assert "other settings" in outcome.stderr and "'mode': 'masking'" in outcome.stderr
+    assert "other settings" in outcome.stderr and "now 'masking')" in outcome.stderr
 
 
 def test_formats_of_each_kind_of_layer(monkeypatch, weights, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tensorcomp_ext.nn import FactorizedConv2d, FactorizedLinear
 from tensorcomp_ext.ranks import Orthogonal
-from tensorcomp_ext.recipes.adaptive_ranks import cut_to, ranks_of, resize, size_of
+from tensorcomp_ext.recipes.adaptive_ranks import cut_to, first_ranks, ranks_of, resize, size_of
 from tensorcomp_ext.recipes.fades import FADES
 
 
@@ -22,7 +22,7 @@ def network():
         FactorizedConv2d.from_conv(kernel, rank=(8, 6)),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
-        FactorizedLinear.from_linear(matrix, rank=11),
+        FactorizedLinear.from_linear(matrix, rank=9),
     )
     return model, {name: model.get_submodule(name) for name in ("0", "3")}
 
@@ -41,7 +41,7 @@ def test_cuts_meet_the_budget_and_their_bound(kind):
     optimizer = stepped(model, kind)
     before = {name: (layer.weight, layer.weight.to_dense().detach()) for name, layer in layers.items()}
     order = [id(p) for p in model.parameters()]
-    assert size_of(layers) == 8 * 10 + 6 * 6 + 8 * 6 * 9 + 11 * 52
+    assert size_of(layers) == 8 * 10 + 6 * 6 + 8 * 6 * 9 + 9 * 52
     assert cut_to(model, layers, 600, optimizer) == ["0", "3"]
     assert size_of(layers) <= 600
     for name, layer in layers.items():
@@ -65,7 +65,7 @@ def test_cuts_meet_the_budget_and_their_bound(kind):
 def test_layers_that_keep_their_ranks_are_left_as_they_are():
     model, layers = network()
     with torch.no_grad():  # a flat spectrum at its ranks: the other layer loses less
-        u, v = torch.linalg.qr(torch.randn(12, 11))[0], torch.linalg.qr(torch.randn(40, 11))[0]
+        u, v = torch.linalg.qr(torch.randn(12, 9))[0], torch.linalg.qr(torch.randn(40, 9))[0]
         layers["3"].weight.a.copy_(u)
         layers["3"].weight.b.copy_(v.T)
     optimizer = stepped(model, torch.optim.SGD)
@@ -109,3 +109,20 @@ def test_fades():
     assert FADES["cosine"](2, 8) == pytest.approx(0.5 * (1 + math.sqrt(0.5)))
     assert FADES["linear"](2, 8) == 0.75
     assert FADES["sine"](2, 6) == pytest.approx(0.5)
+
+
+def test_no_layer_gets_larger_than_its_dense_weight():
+    torch.manual_seed(5)
+    # Flat spectra and room for all ranks: nothing but the ceiling holds the small layer back.
+    weights = {"wide": torch.randn(64, 64), "narrow": torch.randn(10, 128)}
+    model = nn.Sequential(nn.Linear(64, 64))
+    ranks, budget = first_ranks("test", model, weights, 0.8, 10.0)
+    assert ranks == {"wide": (31,), "narrow": (9,)}
+    assert budget == int(0.8 * (64 * 64 + 1280))
+    layers = {
+        "wide": FactorizedLinear.from_linear(nn.Linear(64, 64), rank=31),
+        "narrow": FactorizedLinear.from_linear(nn.Linear(128, 10), rank=10),
+    }
+    assert layers["narrow"].weight.numel > 1280
+    assert cut_to(model, layers, size_of(layers) - 1) == ["narrow"]
+    assert ranks_of(layers["narrow"].weight) == (9,)

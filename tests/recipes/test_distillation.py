@@ -99,7 +99,7 @@ def test_settings_are_those_of_a_checkpoint(dataset, tmp_path):
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     recipes.train(copy.deepcopy(teacher), dataset, callbacks=[Distillation(teacher)], **options)
     for changed in ({"alpha": 0.1}, {"temperature": 9.0}, {"direction": "student-teacher"}):
-        with pytest.raises(ValueError, match=f"other settings: callbacks .*{next(iter(changed))}"):
+        with pytest.raises(ValueError, match=f"other settings: callbacks: .*{next(iter(changed))}"):
             recipes.train(
                 copy.deepcopy(teacher), dataset, callbacks=[Distillation(teacher, **changed)], **options
             )

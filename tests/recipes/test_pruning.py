@@ -194,7 +194,7 @@ def test_state_of_another_schedule_is_refused(dataset, tmp_path):
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         trained(dataset, path, 7)
-    with pytest.raises(ValueError, match=r"other settings: callbacks .*slow-start.*zhu-gupta"):
+    with pytest.raises(ValueError, match=r"other settings: callbacks: .*slow-start.*zhu-gupta"):
         trained(dataset, path, schedule="zhu-gupta")
     pruner = GlobalPruner(sparse_network())
     state = GradualPruning(pruner, 0.8, 4).state_dict()
@@ -241,6 +241,6 @@ def test_a_refused_checkpoint_changes_nothing(dataset, tmp_path, change):
     other = sparse_network("masking" if change == "mode" else "additive", seed=2)
     kept = {key: value.clone() for key, value in other.state_dict().items()}
     pruning = GradualPruning(GlobalPruner(other), 0.5 if change == "final" else 0.8, 1)
-    with pytest.raises(ValueError, match=f"other settings: callbacks .*{change}"):
+    with pytest.raises(ValueError, match=f"other settings: callbacks: .*{change}"):
         recipes.train(other, dataset, callbacks=[pruning], **options)
     assert all(torch.equal(value, kept[key]) for key, value in other.state_dict().items())
