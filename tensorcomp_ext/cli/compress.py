@@ -163,6 +163,8 @@ def compress(
     images = load_images(model, dataset, data_dir, train=learns)
     drawn = procedure is not None and procedure.draws
     dense, images, options = load_network(model, weights, images, drawn)
+    if procedure is not None and recipe is not None:
+        procedure.check_network(recipe, dense)
     if channels_last:
         dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dense.eval()

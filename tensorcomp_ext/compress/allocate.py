@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from tensorcomp_ext._warnings import warn
 from tensorcomp_ext.compress.calls import Call, dense_macs
 from tensorcomp_ext.compress.factorize import Choice
 from tensorcomp_ext.ranks import Latency, NetworkFlops, NetworkParams, NetworkRule, rank_layout
@@ -116,11 +116,9 @@ def _shared(
     found = share_energy(subjects, budget - fixed)
     if found is None:
         least = fixed + sum(min(s.price(s.at(0.0)), s.dense_cost) for s in subjects.values())
-        warnings.warn(
+        warn(
             f"compress: {rule} cannot be met: rank 1 everywhere already needs {least:.0f} of {budget:.0f}; "
             "using rank 1",
-            UserWarning,
-            stacklevel=4,
         )
         ranks, p, cost = {name: s.at(0.0) for name, s in subjects.items()}, 0.0, least - fixed
     else:

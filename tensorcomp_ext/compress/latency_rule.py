@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from tensorcomp_ext._warnings import warn
 from tensorcomp_ext.compress.allocate import Allocation
 from tensorcomp_ext.compress.calibration import moments
 from tensorcomp_ext.compress.calls import Call
@@ -28,6 +28,8 @@ from tensorcomp_ext.ranks.layouts import Ranks
 Progress = Callable[[int, int, str], None]
 NEAR = 0.1
 """Share of the speed-up asked for by which what was reached may differ without a warning."""
+BUSY = 1.25
+"""Ratio of the dense network's longest and shortest median from which on measurements do not fit together."""
 
 
 @dataclass
@@ -140,14 +142,12 @@ def allocate_latency(
         "tables": [table.to_dict() for table in tables],
     }
     if not details["reached"]:
-        warnings.warn(_shortfall(rule, members, rounds, reached), UserWarning, stacklevel=4)
+        warn(_shortfall(rule, members, rounds, reached, network.medians))
     elif best is not None and reached > rule.speedup * (1 + NEAR):
-        warnings.warn(
+        warn(
             f"compress: {rule}: the compressed network is measured {reached:.2f}x as fast, more than was "
             "asked for: of the choices measured none came nearer. report.details['latency_rule'] has every "
             "measurement",
-            UserWarning,
-            stacklevel=4,
         )
     return Allocation([c for c in choices if any(c is k for k in kept)], dense, {"latency_rule": details})
 
@@ -166,9 +166,16 @@ class _Network:
         self.model, self.members, self.inputs = model, members, example_inputs
         self.watch, self.seconds = watch, seconds
         self.copy = copied(model)
+        self.medians: list[float] = []
+        """Of the dense network, of every look."""
 
     def measure(self, chosen: Sequence[int], effort: float = 1.0) -> dict[str, Measured]:
         """Both networks under a choice, 0 for dense; () for dense throughout."""
+        found = self._measured(chosen, effort)
+        self.medians.append(found["dense"].p50)
+        return found
+
+    def _measured(self, chosen: Sequence[int], effort: float) -> dict[str, Measured]:
         replaced: dict[str, nn.Module] = {}
         for (table, choice), place in zip(self.members, chosen, strict=bool(chosen)):
             rank = _rank(table, place)
@@ -256,10 +263,20 @@ def _batch(example_inputs: Any) -> int | None:
 
 
 def _shortfall(
-    rule: Latency, members: Sequence[tuple[Table, Choice]], rounds: Sequence[_Round], reached: float
+    rule: Latency,
+    members: Sequence[tuple[Table, Choice]],
+    rounds: Sequence[_Round],
+    reached: float,
+    medians: Sequence[float],
 ) -> str:
+    """What to say where a speed-up was not reached; ``medians`` are all those of the dense network."""
     text = f"compress: {rule} was not reached: the compressed network is measured {reached:.2f}x as fast"
-    if rounds:
+    if max(medians) > BUSY * min(medians):
+        text += (
+            f"; the dense network itself took {max(medians) / min(medians):.1f} times as long at one time as "
+            "at another: this machine is too busy to choose by latency, try again once it is quiet"
+        )
+    elif rounds:
         whole = rounds[-1].dense.p50
         layers = sum(table.dense_seconds for table, _ in members)
         least = sum(min(0.0, *(s - table.dense_seconds for s in table.seconds)) for table, _ in members)

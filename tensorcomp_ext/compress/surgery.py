@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tensorcomp_ext._warnings import warn
 from tensorcomp_ext.compress.allocate import allocate, check_rule
 from tensorcomp_ext.compress.calls import Call, output_distance, trace
 from tensorcomp_ext.compress.factorize import (
@@ -204,11 +205,11 @@ def _pass_on(heard: Mapping[str, Sequence[warnings.WarningMessage]]) -> None:
             if "; clipped to " in str(message.message):
                 clipped.setdefault(name, str(message.message))
             else:
-                warnings.warn(message.message, stacklevel=3)
+                warn(message.message)
     if clipped:
         count = "1 layer" if len(clipped) == 1 else f"{len(clipped)} layers, e.g."
         example = next(iter(clipped.values()))
-        warnings.warn(f"compress: ranks clipped in {count} {example}", stacklevel=3)
+        warn(f"compress: ranks clipped in {count} {example}")
 
 
 def _nothing(report: Report, wanted: Sequence[str] | None) -> None:
@@ -218,7 +219,7 @@ def _nothing(report: Report, wanted: Sequence[str] | None) -> None:
     )
     if wanted is not None:
         raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+    warn(message)
 
 
 def _exchange(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import SupportsIndex
+
+from tensorcomp_ext._warnings import warn
 
 ChainRanks = SupportsIndex | Sequence[SupportsIndex]
 
@@ -27,13 +28,13 @@ def _is_one(ranks: object) -> bool:
     return not isinstance(ranks, (tuple, list))
 
 
-def _warn(name: str, given: Sequence[int], used: Sequence[int], uniform: bool, stacklevel: int) -> None:
+def _warn(name: str, given: Sequence[int], used: Sequence[int], uniform: bool) -> None:
     """One warning for ranks that were too large. A single int is a bound: one bond holding it is enough."""
     if list(given) == list(used) or (uniform and max(used) == given[0]):
         return
     shown = given[0] if uniform else tuple(given)
     text = f"{name} {shown} exceeds what the modes can hold; clipped to {tuple(used)}"
-    warnings.warn(text, UserWarning, stacklevel=stacklevel)
+    warn(text)
 
 
 def check_modes(name: str, argument: str, modes: Sequence[SupportsIndex], size: int) -> tuple[int, ...]:
@@ -44,9 +45,7 @@ def check_modes(name: str, argument: str, modes: Sequence[SupportsIndex], size: 
     return checked
 
 
-def train_ranks(
-    sizes: Sequence[int], ranks: ChainRanks, name: str = "tt: ranks", *, stacklevel: int = 3
-) -> tuple[int, ...]:
+def train_ranks(sizes: Sequence[int], ranks: ChainRanks, name: str = "tt: ranks") -> tuple[int, ...]:
     """The d − 1 inner ranks of a tensor train over modes of these `sizes`.
 
     `ranks` is one int for all bonds, the d − 1 inner ranks, or all d + 1 with ones at both ends. A bond R_k
@@ -74,7 +73,7 @@ def train_ranks(
         used[k] = min(used[k], used[k - 1] * sizes[k - 1])
     for k in range(modes - 1, 0, -1):
         used[k] = min(used[k], used[k + 1] * sizes[k])
-    _warn(name, inner, used[1:-1], _is_one(ranks), stacklevel + 1)
+    _warn(name, inner, used[1:-1], _is_one(ranks))
     return tuple(used[1:-1])
 
 
@@ -85,9 +84,7 @@ def largest_ring_rank(sizes: Sequence[int]) -> int:
     return max((min(part, total // part) for part in left), default=1)
 
 
-def ring_ranks(
-    sizes: Sequence[int], ranks: ChainRanks, name: str = "tr: ranks", *, stacklevel: int = 3
-) -> tuple[int, ...]:
+def ring_ranks(sizes: Sequence[int], ranks: ChainRanks, name: str = "tr: ranks") -> tuple[int, ...]:
     """The d ranks (R_0 … R_{d-1}) of a tensor ring over modes of these `sizes`; core k is [R_k, n_k,
     R_{k+1}].
 
@@ -121,5 +118,5 @@ def ring_ranks(
             used[after] = min(used[after], used[k] * sizes[k])
         for k in reversed(range(modes)):
             used[k] = min(used[k], used[(k + 1) % modes] * sizes[k])
-    _warn(name, given, used, False, stacklevel + 1)
+    _warn(name, given, used, False)
     return tuple(used)

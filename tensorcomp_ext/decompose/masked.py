@@ -194,16 +194,16 @@ def make_solver(tensor: Tensor, format: str, rank: Ranks) -> Solver:
         if format == "svd":
             if tensor.ndim != 2:
                 raise ValueError(f"masked_fit: svd needs a matrix, got shape {list(tensor.shape)}")
-            return SVDSolver(check_rank(rank, min(tensor.shape), name, stacklevel=5))  # type: ignore[arg-type]
+            return SVDSolver(check_rank(rank, min(tensor.shape), name))  # type: ignore[arg-type]
         largest = largest_cp_rank(tensor.shape)
-        return CPSolver(check_rank(rank, largest, name, stacklevel=5), tensor)  # type: ignore[arg-type]
+        return CPSolver(check_rank(rank, largest, name), tensor)  # type: ignore[arg-type]
     if format == "tucker":
-        return TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape, rank, name, stacklevel=5))))
+        return TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape, rank, name))))
     if format == "tucker2":
         if not 3 <= tensor.ndim <= 5:
             raise ValueError(f"masked_fit: tucker2 needs a kernel [T, S, *k], got shape {list(tensor.shape)}")
-        return TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape[:2], rank, name, stacklevel=5))))
-    return TrainSolver(train_ranks(tensor.shape, rank, name, stacklevel=5))
+        return TuckerSolver(dict(enumerate(tucker_ranks(tensor.shape[:2], rank, name))))
+    return TrainSolver(train_ranks(tensor.shape, rank, name))
 
 
 _FORMATS = ("cp", "svd", "tt", "ttm", "tucker", "tucker2")

@@ -153,7 +153,7 @@ def _prepare(
     checked = check_tensor(tensor, f"{name}: tensor", min_ndim=2)
     wrapped = _check_modes(name, checked.ndim, ranks, modes)
     clipped = {
-        mode: check_rank(rank, checked.shape[mode], f"{name}: rank of mode {mode}", stacklevel=5)
+        mode: check_rank(rank, checked.shape[mode], f"{name}: rank of mode {mode}")
         for mode, rank in zip(wrapped, ranks, strict=True)
     }
     return checked, clipped

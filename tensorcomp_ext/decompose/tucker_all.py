@@ -27,16 +27,16 @@ class Tucker(NamedTuple):
 
 
 def tucker_ranks(
-    sizes: Sequence[int], ranks: SupportsIndex | Sequence[SupportsIndex], name: str, *, stacklevel: int = 3
+    sizes: Sequence[int], ranks: SupportsIndex | Sequence[SupportsIndex], name: str
 ) -> tuple[int, ...]:
     """One rank a mode, clipped to the mode with a warning; a single int warns only if no mode can hold it."""
     if not isinstance(ranks, (tuple, list)):
-        one = check_rank(ranks, max(sizes), name, stacklevel=stacklevel + 1)  # type: ignore[arg-type]
+        one = check_rank(ranks, max(sizes), name)  # type: ignore[arg-type]
         return tuple(min(one, size) for size in sizes)
     if len(ranks) != len(sizes):
         raise ValueError(f"{name} must be an int or {len(sizes)} ranks for {len(sizes)} modes, got {ranks}")
     return tuple(
-        check_rank(rank, size, f"{name}[{mode}]", stacklevel=stacklevel + 2)
+        check_rank(rank, size, f"{name}[{mode}]")
         for mode, (rank, size) in enumerate(zip(ranks, sizes, strict=True))
     )
 

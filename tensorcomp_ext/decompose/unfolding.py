@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterator
 from typing import SupportsIndex
 
 import torch
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
+
+from tensorcomp_ext._warnings import warn
 
 BLOCK_ELEMENTS = 1 << 21  # 16 MiB of float64: wide enough for BLAS to run at full speed
 
@@ -51,7 +52,7 @@ def check_tensor(tensor: Tensor, name: str, *, min_ndim: int, max_ndim: int | No
     return tensor
 
 
-def check_rank(rank: SupportsIndex, limit: int, name: str, stacklevel: int = 3) -> int:
+def check_rank(rank: SupportsIndex, limit: int, name: str) -> int:
     """Return `rank` as an int, clipped to `limit` with a warning.
 
     Raises:
@@ -67,9 +68,7 @@ def check_rank(rank: SupportsIndex, limit: int, name: str, stacklevel: int = 3) 
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > limit:
-        warnings.warn(
-            f"{name} {value} exceeds {limit}; clipped to {limit}", UserWarning, stacklevel=stacklevel
-        )
+        warn(f"{name} {value} exceeds {limit}; clipped to {limit}")
         return limit
     return value
 

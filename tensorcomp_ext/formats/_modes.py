@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._names import nearest
+
 MOST_MODES = 20
 """A side: a contraction spells every mode and rank with a letter of its own."""
 
@@ -125,7 +127,9 @@ def fold(
         ValueError: modes that do not fold the shape. TypeError: an unknown option.
     """
     if unknown:
-        raise TypeError(f"{name}: unknown option {next(iter(unknown))!r}")
+        option = next(iter(unknown))
+        near = nearest(option, ("in_modes", "out_modes", "input_order"))
+        raise TypeError(f"{name}: unknown option {option!r}{near}")
     if not 2 <= len(shape) <= 5 or min(shape) < 1:
         raise ValueError(f"{name}: shape must be [M, N] or [T, S, *kernel], got {list(shape)}")
     sides = []
@@ -156,7 +160,7 @@ def fold(
 
 def _given(name: str, argument: str, modes: Sequence[int], size: int, padded: bool) -> tuple[int, ...]:
     if isinstance(modes, (str, int)) or any(type(mode) is not int or mode < 1 for mode in modes) or not modes:
-        raise ValueError(f"{name}: {argument} must be ints >= 1, got {modes!r}")
+        raise ValueError(f"{name}: {argument} must be a tuple of ints >= 1, such as (4, 4), got {modes!r}")
     if len(modes) > MOST_MODES:
         raise ValueError(f"{name}: {argument} must be at most {MOST_MODES} modes, got {len(modes)}")
     found = math.prod(modes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -11,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
+
+from tensorcomp_ext._warnings import warn
 
 from .forms import Form
 
@@ -285,9 +286,14 @@ def get_format(name: str, layer: str | None = None) -> type[Format]:
         layer: "conv", "linear" or "embedding": accept only formats that can hold such a layer's weight.
 
     Raises:
-        ValueError: unknown name, with the names there are.
+        ValueError: unknown name, with the names there are. TypeError: no name at all.
     """
     known = format_names(layer)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"format must be a name, such as 'tt', got {name!r}; of one layer its options, such as in_modes, "
+            "are arguments of their own"
+        )
     if name not in known:
         kind = f" for {layer} layers" if layer else ""
         raise ValueError(f"format must be one of {known}{kind}, got {name!r}")
@@ -306,7 +312,7 @@ def clip_rank(name: str, what: str, rank: object, largest: int, why: str = "the 
     if rank < 1:
         raise ValueError(f"{name}: {what} must be at least 1, got {rank}")
     if rank > largest:
-        warnings.warn(f"{name}: {what}={rank} is clipped to {largest}, {why}", stacklevel=4)
+        warn(f"{name}: {what}={rank} is clipped to {largest}, {why}")
         return largest
     return rank
 

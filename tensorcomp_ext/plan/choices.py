@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from tensorcomp_ext._warnings import warn
 
 from .base import plans_for
 from .cache import machine
@@ -72,10 +73,9 @@ def import_choices(model: nn.Module, choices: Mapping[str, Any], *, any_machine:
             devices[device] = any_machine or made_on.get(device) == _machine(device)
     foreign = sorted(device for device, same in devices.items() if not same)
     if foreign:
-        warnings.warn(
+        warn(
             f"import_choices: choices for {foreign} were tuned on {[made_on.get(d) for d in foreign]}; "
             "tune again on this machine",
-            stacklevel=2,
         )
     taken = 0
     for layer, content, tuned in checked:

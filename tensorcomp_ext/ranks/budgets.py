@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+
+from tensorcomp_ext._warnings import warn
 
 from .layouts import RankLayout, Ranks
 
 
-def largest_within(
-    layout: RankLayout, cost: Callable[[Ranks], float], budget: float, label: str, stacklevel: int = 5
-) -> Ranks:
+def largest_within(layout: RankLayout, cost: Callable[[Ranks], float], budget: float, label: str) -> Ranks:
     """Ranks at the largest common fraction of the limits whose cost fits, then grown one by one.
 
     The common fraction moves all ranks at once and leaves up to a step of all of them unused, a third of the
@@ -19,11 +18,9 @@ def largest_within(
     """
     floor, top = layout.scaled(0.0), layout.scaled(1.0)
     if cost(floor) > budget:
-        warnings.warn(
+        warn(
             f"{label} cannot be met for {layout.format} of shape {list(layout.shape)}: rank 1 already needs "
             f"{cost(floor):.0f} of {budget:.0f}; using rank 1",
-            UserWarning,
-            stacklevel=stacklevel,
         )
         return floor
     if cost(top) <= budget:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from tensorcomp_ext._warnings import warn
 
 from ..decompose import DecompositionError
 from .layouts import RankLayout, Ranks, rank_layout
@@ -44,10 +45,8 @@ def _clip(layout: RankLayout, values: list[int], prefix: str) -> Ranks:
         if value < 1:
             raise ValueError(f"{prefix}{layout.format}: {label} must be at least 1, got {value}")
         if value > limit:
-            warnings.warn(
+            warn(
                 f"{prefix}{layout.format}: {label} {value} exceeds {limit}; clipped to {limit}",
-                UserWarning,
-                stacklevel=4,
             )
         clipped.append(min(value, limit))
     return tuple(clipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from tensorcomp_ext._names import nearest
 from tensorcomp_ext.compress import CompressionResult, compress
 from tensorcomp_ext.compress.calls import trace
 from tensorcomp_ext.compress.selection import Uses, as_patterns, considered, matches, refusal, require_matches
 from tensorcomp_ext.data import Dataset
+from tensorcomp_ext.nn import FactorizedLayer
 from tensorcomp_ext.ranks.layouts import Ranks
 
 from . import processes
@@ -58,7 +61,8 @@ def check_training(
             and of such settings.
 
     Raises:
-        ValueError, TypeError: as ``train``; ``parameters``, as they are those of a network not yet made.
+        ValueError, TypeError: as ``train``; an option it does not have; ``parameters``, as they are those of
+            a network not yet made.
     """
     if training.get("parameters") is not None:
         raise ValueError(f"{name}: parameters must be None: the recipe makes them, got groups of them")
@@ -68,11 +72,19 @@ def check_training(
         raise ValueError(f"{name}: {option} must be 0 or more, got {epochs}")
     if model is not None:
         check_model(name, model, trained=trains)
-    asked = inspect.signature(train).bind(None, dataset, epochs=epochs, **training)
+    taken = inspect.signature(train)
+    for given in training.keys() - taken.parameters.keys():
+        own = getattr(sys.modules[__package__], name, train)  # the recipe that was called
+        known = {*taken.parameters, *inspect.signature(own).parameters}
+        raise TypeError(f"{name}: unknown option {given!r}{nearest(given, known)}")
+    asked = taken.bind(None, dataset, epochs=epochs, **training)
     asked.apply_defaults()
     options = {**asked.arguments, "callbacks": []}
     del options["model"]
-    wanted = prepare(name, **options)[1].recorded()
+    task, settings = prepare(name, **options)
+    if model is not None and epochs:
+        task.check(name, model)
+    wanted = settings.recorded()
     path = options["checkpoint"]
     if not trains or path is None or not Path(path).exists():
         return
@@ -147,7 +159,9 @@ def compressible(
         layers = {place: layer for place, layer in layers.items() if calls[place]}
     if not layers:
         what = "convolution with a window" if windows else "convolution or linear layer"
-        raise ValueError(f"{name}: the model has no {what} to compress, apart from what is excluded")
+        done = [place for place, layer in model.named_modules() if isinstance(layer, FactorizedLayer)]
+        already = f"; {', '.join(done[:8])} are compressed already" if done else ""
+        raise ValueError(f"{name}: the model has no {what} to compress, apart from what is excluded{already}")
     return layers
 
 

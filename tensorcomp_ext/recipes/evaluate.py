@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,6 +47,37 @@ def sent(
     return tensor.to(device, memory_format=layout)
 
 
+def answers_of(name: str, model: nn.Module, inputs: tuple[torch.Tensor, ...], what: str) -> Any:
+    """What a network answers to an example, so that what is not for it is said before any work.
+
+    Args:
+        name: of the caller, for messages; ``what`` the example is.
+
+    Raises:
+        ValueError: the network fails.
+    """
+    # Not in inference mode, or parts gathered from several processes could not be trained thereafter.
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        try:
+            return model(*inputs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            shapes = ", ".join(str(list(x.shape[1:])) for x in inputs)
+            raise ValueError(f"{name}: the network cannot read {what}, {shapes} each: {error}") from error
+
+
+def check_classes(name: str, answers: Any, labels: torch.Tensor, what: str) -> None:
+    """ValueError unless answers are [N, classes] with all classes that the labels name."""
+    classes = int(labels.max()) + 1
+    if isinstance(answers, torch.Tensor) and answers.dim() == 2 and answers.shape[1] >= classes:
+        return
+    given = list(answers.shape) if isinstance(answers, torch.Tensor) else type(answers).__name__
+    raise ValueError(
+        f"{name}: the network must answer [N, classes] with the {classes} classes or more that {what} has, "
+        f"got {given} of one image"
+    )
+
+
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
@@ -65,7 +96,8 @@ def evaluate(
         batch_size: images at a time.
         channels_last: memory format of the images; the faster one on CPUs where the model has it too.
 
-    Raises ValueError for another split, an empty one, or a batch_size below 1.
+    Raises ValueError for another split, an empty one, a batch_size below 1, or a network that cannot read the
+    images or knows fewer classes than they have.
     """
     images, labels = dataset.split(split)
     if batch_size < 1:
@@ -74,6 +106,9 @@ def evaluate(
         raise ValueError(f"evaluate: {dataset.name} has no {split} images")
     device, dtype = device_of(model), dtype_of(model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    first = dataset.normalize(sent(images[:1], device, layout)).to(dtype)
+    answers = answers_of("evaluate", model, (first,), f"the images of {dataset.name}")
+    check_classes("evaluate", answers, labels, dataset.name)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     with modes_kept(model), torch.inference_mode():
         model.eval()

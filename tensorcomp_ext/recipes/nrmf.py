@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tensorcomp_ext._warnings import warn
 from tensorcomp_ext.data import Dataset
 
 from .callbacks import Callback
@@ -109,9 +110,8 @@ def nrmf(
     )
     ranks = regulariser.ranks()
     if not any(ranks.values()):
-        warnings.warn(
+        warn(
             f"nrmf: no layer gets smaller at p={p}; the network stays dense (a larger alpha lowers ranks)",
-            stacklevel=2,
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "compress: nothing was replaced")

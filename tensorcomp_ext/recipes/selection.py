@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from tensorcomp_ext._warnings import warn
 from tensorcomp_ext.data import Dataset
 from tensorcomp_ext.ranks.gates import Gate
 
@@ -100,10 +100,9 @@ def select(
     before = {entry.name: entry.rank for entry in report.replaced}
     network = GatedNetwork(small, gate, report.parameters_before, seed=run.seed)
     if run.target is not None and gate.begins_open and network.ratio() >= run.target:
-        warnings.warn(
+        warn(
             f"{run.name}: with these first ranks the network is {network.ratio():.1f} times smaller already, "
             f"target {run.target:g}: gates are frozen from the beginning; larger ranks leave them a choice",
-            stacklevel=3,
         )
     method = selection(
         network,
@@ -134,10 +133,9 @@ def select(
     ).history
     count, frozen = network.count_gates(), network.frozen
     if run.target is not None and not frozen:
-        warnings.warn(
+        warn(
             f"{run.name}: target {run.target:g} was not reached: the network is {network.ratio():.1f} times "
             "smaller; more epochs, a stronger penalty or a larger gate_lr shut more gates",
-            stacklevel=3,
         )
     network.fold()
     recount(report, small, run.example_inputs)

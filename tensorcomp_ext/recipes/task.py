@@ -13,7 +13,7 @@ from tensorcomp_ext.data import Dataset
 
 from .augment import crop_and_flip
 from .checkpoint import checksum
-from .evaluate import Accuracy, device_of, dtype_of, evaluate, sent
+from .evaluate import Accuracy, answers_of, check_classes, device_of, dtype_of, evaluate, sent
 from .options import check_flag, check_known
 
 _MIRRORED = ("cifar10", "cifar100")
@@ -45,6 +45,22 @@ class Task(ABC):
     def test_size(self) -> int | None:
         """Test examples; None where the task does not say."""
         return None
+
+    def check(self, name: str, model: nn.Module) -> None:
+        """Refuse a network that is not for this task, before any work; it is asked about one example.
+
+        Args:
+            name: of the caller, for messages.
+
+        Raises:
+            ValueError: the network cannot read the example, or its answers are not of this task.
+        """
+        self._answers(name, model)
+
+    def _answers(self, name: str, model: nn.Module) -> Any:
+        first = torch.zeros(1, dtype=torch.int64)
+        inputs = self.batch_for(model, first, torch.Generator().manual_seed(0)).inputs
+        return answers_of(name, model, inputs, f"what {self.name} holds")
 
     @abstractmethod
     def batch(self, indices: Tensor, generator: torch.Generator, device: torch.device) -> Batch:
@@ -123,6 +139,11 @@ class ImageTask(Task):
     @property
     def test_size(self) -> int:
         return len(self.dataset.test_labels)
+
+    def check(self, name: str, model: nn.Module) -> None:
+        answers = self._answers(name, model)
+        if type(self).loss is ImageTask.loss:  # another loss may ask for other answers
+            check_classes(name, answers, self.dataset.train_labels, self.name)
 
     def batch(self, indices: Tensor, generator: torch.Generator, device: torch.device) -> Batch:
         images, labels = self._training(device)

@@ -127,6 +127,9 @@ def train(
     )
     if checkpoint is not None and processes.is_sharded(model):
         raise ValueError("train: a sharded model has no checkpoint file; use torch.distributed.checkpoint")
+    # What is sharded would stay gathered after a forward pass without a backward one.
+    if epochs and not processes.is_sharded(model):
+        task.check(name, model)
     trained = [p for p in model.parameters() if p.requires_grad]
     descent = _optimizer(optimizer, groups or trained, lr, momentum, weight_decay)
     for group in descent.param_groups:

@@ -103,6 +103,7 @@ def test_resumes(name, weights, tmp_path):
     [
         ("l0", ["--format", "lowrank_sparse"], "is about ranks between factors, which 'lowrank_sparse' does"),
         ("l0", ["--preset", "lenet"], "'lenet' is none of lenet5-tr"),
+        ("l0", ["--preset", "mlp-ttm"], "linear layers must be [[625, 784], [10, 625]]"),
         ("l0", ["--preset", "lenet5-tr", "--format", "tt"], "says formats and layers itself"),
         ("l0", ["--start", "dense"], "'dense' is none of"),
         ("l0", ["--sigma", "0"], "--recipe l0: sigma must be in (0, inf), got 0.0"),

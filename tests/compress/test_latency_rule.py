@@ -312,3 +312,20 @@ def test_the_clock_of_layers_counts_the_dense_one_first():
     times = WallClock().layers(model[0], calls["0"][0], [small], 0.05)
     assert len(times) == 2
     assert small.tuned
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    """From one look to the next the dense network takes longer and longer."""
+
+    class Busy(FakeClock):
+        looks = 0
+
+        def networks(self, models, example_inputs, seconds):
+            self.looks += 1
+            found = super().networks(models, example_inputs, seconds)
+            return {
+                name: Latency(*(taken * 1.2**self.looks for taken in time)) for name, time in found.items()
+            }
+
+    with pytest.warns(UserWarning, match=r"was not reached: .* times as long at one time as at another"):
+        run(monkeypatch, small_net(), Busy(floor=1e-6), 8.0)

@@ -125,7 +125,7 @@ def test_bad_options_are_named() -> None:
         TT.empty((12, 20), 2, out_modes=(3, 5))
     with pytest.raises(ValueError, match=r"ttm: out_modes must have the product at least 12, got \[3, 3\]"):
         TTM.empty((12, 20), 2, out_modes=(3, 3))
-    with pytest.raises(ValueError, match=r"tr: in_modes must be ints >= 1, got \(0, 20\)"):
+    with pytest.raises(ValueError, match=r"tr: in_modes must be a tuple of ints >= 1, .* got \(0, 20\)"):
         TR.empty((12, 20), 2, in_modes=(0, 20))
     with pytest.raises(ValueError, match=r"tt: input_order must be a permutation of \[0, 1\], got \[0, 0\]"):
         TT.empty((12, 20), 2, in_modes=(4, 5), input_order=(0, 0))

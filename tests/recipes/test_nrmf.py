@@ -164,5 +164,5 @@ def test_unsound_networks(dataset):
     model[0].weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="weight of layer '0' has NaN or Inf"):
         nrmf(model, dataset, **OPTIONS)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'warm'"):
+    with pytest.raises(TypeError, match="unknown option 'warm'; did you mean 'warmup'"):
         nrmf(small_network(), dataset, **OPTIONS, warm=1)

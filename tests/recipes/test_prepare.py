@@ -11,6 +11,7 @@ from small_texts import sentences, text, translations
 from torch import nn
 
 from tensorcomp_ext import recipes
+from tensorcomp_ext.models import SentimentLSTM
 from tensorcomp_ext.recipes.checkpoint import checksum
 
 
@@ -180,7 +181,7 @@ def test_checkpoints_of_other_runs_are_refused_before_any_work(dataset, nothing_
         ({"prune_epochs": 3}, ValueError, "prune_epochs must be in [1, epochs] = [1, 1], got 3"),
         ({"storage": "small"}, TypeError, "storage must be a number, got 'small'"),
         ({"low_rank": 3}, TypeError, "low_rank must be the name of a format"),
-        ({"warm": 1}, TypeError, "unexpected keyword argument 'warm'"),
+        ({"warm": 1}, TypeError, "lowrank_sparse: unknown option 'warm'; did you mean 'warmup'"),
     ],
 )
 def test_lowrank_sparse_refuses_before_decompositions(dataset, nothing_begun, options, kind, message):
@@ -278,3 +279,58 @@ def test_checksums():
     large = torch.zeros(3, 2**21, dtype=torch.uint8)
     assert checksum(large) != checksum(large + 1)
     assert checksum(torch.zeros(4, dtype=torch.bfloat16)) != checksum(torch.ones(4, dtype=torch.bfloat16))
+
+
+def wide_images(dataset):
+    """The same images, one column wider."""
+    wider = {
+        f"{split}_images": torch.nn.functional.pad(dataset.split(split)[0], (0, 1))
+        for split in ("train", "test")
+    }
+    return dataclasses.replace(dataset, **wider)
+
+
+FEW = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3))
+UNREAD = r"cannot read .*quadrants.*, \[1, 8, 9\] each: mat1 and mat2"
+FEWER = r"must answer \[N, classes\] with the 4 classes or more that quadrants has, got \[1, 3\] of one image"
+RECIPES = {
+    "train": recipes.train,
+    "posttraining": recipes.posttraining,
+    "decompose_finetune": recipes.decompose_finetune,
+    "nrmf": recipes.nrmf,
+    "progressive": recipes.progressive,
+    "lowrank_sparse": recipes.lowrank_sparse,
+    "l0": recipes.l0,
+    "uniform": recipes.uniform,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_networks_that_are_not_for_the_images_are_refused(dataset, nothing_begun, name):
+    epochs = {"epochs": 1, **({"finetune_epochs": 1} if name == "nrmf" else {})}
+    with pytest.raises(ValueError, match=f"{name}: the network {UNREAD}"):
+        RECIPES[name](network(), wide_images(dataset), **epochs)
+    with pytest.raises(ValueError, match=f"{name}: the network {FEWER}"):
+        RECIPES[name](FEW, dataset, **epochs)
+
+
+def test_evaluation_says_which_images_a_network_cannot_read(dataset):
+    with pytest.raises(ValueError, match=f"evaluate: the network {UNREAD}"):
+        recipes.evaluate(network(), wide_images(dataset))
+    with pytest.raises(ValueError, match=f"evaluate: the network {FEWER}"):
+        recipes.evaluate(FEW, dataset)
+
+
+def test_networks_that_are_not_for_a_text_are_refused():
+    with pytest.raises(ValueError, match=r"train: the network cannot read what telling words holds, \[\d+\]"):
+        recipes.train(SentimentLSTM(3, dim=8, hidden=8), recipes.SentenceTask(sentences()), epochs=1)
+
+
+def test_a_trial_changes_neither_modes_nor_random_numbers(dataset):
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 4))
+    model[1].eval()
+    state = torch.get_rng_state()
+    recipes.ImageTask(dataset).check("train", model)
+    assert [m.training for m in model.modules()] == [True, True, False, True, True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(model[2].num_batches_tracked) == 0

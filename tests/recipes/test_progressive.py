@@ -156,6 +156,7 @@ def test_hooks_see_the_whole_layer(network, dataset):
         model.eval()(x)
     watch = Watch(x)
     progressive(model, dataset, **{**OPTIONS, "epochs": 1}, callbacks=[watch])
+    seen = [output for output in seen if len(output) > 1]  # of one image it is tried whether they fit
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
     assert len(seen) == 1 + 2 * 5
 
@@ -241,14 +242,14 @@ def test_unsound_networks(dataset):
     with pytest.raises(ValueError, match="no convolution or linear layer"):
         progressive(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()), dataset, **OPTIONS)
     with pytest.raises(ValueError, match="itself one layer"):
-        progressive(nn.Linear(64, 4), dataset, **OPTIONS)
+        progressive(nn.Linear(64, 4), dataset, **{**OPTIONS, "epochs": 0})
     model = small_network()
     model[9].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="weight of layer '9' has NaN or Inf"):
         progressive(model, dataset, **OPTIONS)
     with pytest.raises(TypeError, match=r"rank_every must be an int, got 1\.5"):
         progressive(small_network(), dataset, **OPTIONS, rank_every=1.5)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+    with pytest.raises(TypeError, match="progressive: unknown option 'ranks'"):
         progressive(small_network(), dataset, **OPTIONS, ranks=1)
     with pytest.raises(ValueError, match="no layer with a dense branch"):
         Progressive(small_network(), 100)

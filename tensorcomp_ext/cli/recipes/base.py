@@ -82,6 +82,9 @@ class Recipe(ABC):
                 "this recipe trains: say for how long with --epochs", param_hint=f"--recipe {name}"
             )
 
+    def check_network(self, name: str, dense: nn.Module) -> None:  # noqa: B027 - most have nothing to refuse
+        """typer.BadParameter for options that do not fit the network, before it is evaluated."""
+
     @abstractmethod
     def run(
         self, name: str, common: Common, screen: Screen, dense: nn.Module, images: Dataset, x: torch.Tensor

@@ -17,7 +17,7 @@ from tensorcomp_ext.data import Dataset
 from tensorcomp_ext.nn.base import STARTS
 from tensorcomp_ext.recipes.l0 import REDUCTIONS, check_penalty, check_sigma
 from tensorcomp_ext.recipes.mars import STRENGTHS, check_masks
-from tensorcomp_ext.recipes.presets import PRESETS
+from tensorcomp_ext.recipes.presets import PRESETS, layout
 from tensorcomp_ext.recipes.reinforce import check_samples
 from tensorcomp_ext.recipes.selection import check_gates
 from tensorcomp_ext.recipes.start import WITH_RANKS
@@ -76,6 +76,11 @@ class _Factorized(Recipe):
                 f"formats that do: {', '.join(WITH_RANKS)}",
                 param_hint="--format",
             )
+
+    def check_network(self, name: str, dense: nn.Module) -> None:
+        preset = self.preset
+        if preset is not None:
+            as_recipe(name, lambda said: layout(preset, dense))
 
     def _recipe(self, name: str) -> Callable[..., Made]:
         """The function of that name."""
