@@ -24,7 +24,7 @@ from . import processes
 from .callbacks import Callback
 from .checkpoint import check_settings, read_checkpoint
 from .evaluate import device_of
-from .prepare import check_model, prepare
+from .prepare import check_model, checked_callbacks, prepare
 from .settings import Settings
 from .task import Task
 from .train import train
@@ -96,6 +96,30 @@ def check_training(
     unknown = ("parameters", "callbacks")  # of a network not yet made
     found, wanted = ({k: v for k, v in part.items() if k not in unknown} for part in (found, wanted))
     check_settings(path, found, wanted)
+
+
+def checked_run(
+    name: str,
+    dataset: Dataset | Task,
+    epochs: int,
+    *,
+    model: nn.Module,
+    callbacks: Any,
+    begun: Begun | None = None,
+    trains: bool = True,
+    **training: Any,
+) -> list[Callback]:
+    """The callbacks of a recipe that trains once, after :func:`check_training` and :func:`check_attached`.
+
+    Args:
+        callbacks: as the recipe is given them.
+        begun: what the recipe says of itself in a checkpoint, as far as it is known.
+    """
+    check_training(name, dataset, epochs, model=model, trains=trains, **training)
+    found = checked_callbacks(name, callbacks)
+    if trains:
+        check_attached(training.get("checkpoint"), found if begun is None else [begun, *found])
+    return found
 
 
 def check_attached(checkpoint: str | Path | None, callbacks: Iterable[Callback]) -> None:

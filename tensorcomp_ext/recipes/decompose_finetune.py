@@ -15,10 +15,9 @@ from tensorcomp_ext.ranks.layouts import Pixels, Ranks
 
 from .adaptive_ranks import first_ranks
 from .callbacks import Callback
-from .decisions import Begun, check_attached, check_training, compressible, decomposed_at, same_ranks
+from .decisions import Begun, checked_run, compressible, decomposed_at, same_ranks
 from .lowrank_sparse import layers_of
 from .options import check_choice, check_number
-from .prepare import checked_callbacks
 from .recount import recount
 from .result import RecipeResult
 from .task import Task
@@ -85,10 +84,8 @@ def decompose_finetune(
     if method != "vbmf":
         check_number(name, "target", target, 0.0, 1.0, "(0, 1)")
     options = {"lr": lr, "schedule": schedule, "weight_decay": weight_decay, **training}
-    check_training(name, dataset, epochs, model=model, **options)
-    callbacks = checked_callbacks(name, callbacks)
     begun = Begun({"recipe": name, "method": method, "target": target})
-    check_attached(options.get("checkpoint"), [begun, *callbacks])
+    callbacks = checked_run(name, dataset, epochs, model=model, callbacks=callbacks, begun=begun, **options)
     layers = compressible(name, model, exclude, example_inputs=example_inputs)
     weights: dict[str, Any] = {place: layer.weight for place, layer in layers.items()}
     small, report = _decomposed(model, weights, method, target, exclude, example_inputs)

@@ -19,9 +19,8 @@ from tensorcomp_ext.ranks import Latency, RankSpec, parse_rank
 
 from . import processes
 from .callbacks import Callback
-from .decisions import Begun, check_attached, check_training
+from .decisions import Begun, checked_run
 from .normalization import recalibrate_batchnorm, unaugmented
-from .prepare import checked_callbacks
 from .recount import recount
 from .result import RecipeResult
 from .settings import Epoch
@@ -85,10 +84,8 @@ def posttraining(
     """
     name = "posttraining"
     training = {**FINETUNING, **training, "lr": lr, "seed": seed}
-    check_training(name, dataset, epochs, model=model, trains=bool(epochs), **training)
-    callbacks = checked_callbacks(name, callbacks)
-    if epochs:
-        check_attached(training.get("checkpoint"), [Begun({"recipe": name}), *callbacks])
+    given: dict[str, Any] = {"callbacks": callbacks, "begun": Begun({"recipe": name}), **training}
+    callbacks = checked_run(name, dataset, epochs, model=model, trains=bool(epochs), **given)
     for option, value, least in (("batch", batch, 1), ("calibration", calibration, 0)):
         if type(value) is not int or value < least:
             raise ValueError(f"posttraining: {option} must be an int of at least {least}, got {value!r}")

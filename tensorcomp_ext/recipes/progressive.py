@@ -14,10 +14,9 @@ from tensorcomp_ext.nn.fading import STARTS, Start
 
 from .adaptive_ranks import cut_to, first_ranks, ranks_of, resize, size_of
 from .callbacks import Callback, TrainState
-from .decisions import Begun, check_attached, check_training, compressible, decomposed_at
+from .decisions import Begun, checked_run, compressible, decomposed_at
 from .fades import FADES
 from .options import check_choice, check_number
-from .prepare import checked_callbacks
 from .recount import recount
 from .result import RecipeResult
 from .start import NOT_TRAINED, is_trained
@@ -194,10 +193,8 @@ def progressive(
     check_choice(name, "init", init, STARTS)
     check_fade(name, decay, share, start, rank_every)
     options = {"lr": lr, "schedule": schedule, "weight_decay": weight_decay, **training}
-    check_training(name, dataset, epochs, model=model, **options)
-    callbacks = checked_callbacks(name, callbacks)
     begun = Begun({"recipe": name, "target": target, "init": init})
-    check_attached(options.get("checkpoint"), [begun, *callbacks])
+    callbacks = checked_run(name, dataset, epochs, model=model, callbacks=callbacks, begun=begun, **options)
     found = compressible(name, model, exclude, example_inputs=example_inputs)
     layers = {place: layer for place, layer in found.items() if is_trained(layer)}
     if not layers:

@@ -14,10 +14,9 @@ from tensorcomp_ext.data import Dataset
 from tensorcomp_ext.ranks.gates import Gate
 
 from .callbacks import Callback
-from .decisions import check_attached, check_training
+from .decisions import checked_run
 from .gated import GatedNetwork, RankSelection
 from .options import check_number
-from .prepare import checked_callbacks
 from .recount import recount
 from .result import RecipeResult
 from .start import check_start, factorized, structures
@@ -46,12 +45,16 @@ class Run:
     example_inputs: Any
     callbacks: Iterable[Callback]
 
-    def check(self, model: nn.Module, dataset: Dataset | Task, training: Mapping[str, Any]) -> None:
-        """Refuse what would be refused after the decompositions only; ``training`` as ``train`` takes it."""
+    def check(self, model: nn.Module, dataset: Dataset | Task, training: Mapping[str, Any]) -> list[Callback]:
+        """The callbacks, after refusing what would be refused after the decompositions only.
+
+        Args:
+            training: as ``train`` takes it.
+        """
         check_start(self.name, self.start)
         check_gates(self.name, self.remove_below, self.remove_every, self.target, self.gate_lr)
         own: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
-        check_training(self.name, dataset, model=model, **training, **own)
+        return checked_run(self.name, dataset, model=model, callbacks=self.callbacks, **training, **own)
 
 
 def check_gates(
@@ -82,9 +85,7 @@ def select(
         selection: the callback, which takes a :class:`.GatedNetwork` and ``options``.
         training: options of ``train``.
     """
-    run.check(model, dataset, training)
-    callbacks = checked_callbacks(run.name, run.callbacks)
-    check_attached(training.get("checkpoint"), callbacks)
+    callbacks = run.check(model, dataset, training)
     small, report = factorized(
         run.name,
         model,

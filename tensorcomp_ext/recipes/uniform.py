@@ -10,8 +10,7 @@ from torch import nn
 from tensorcomp_ext.data import Dataset
 
 from .callbacks import Callback
-from .decisions import Begun, check_attached, check_training
-from .prepare import checked_callbacks
+from .decisions import Begun, checked_run
 from .recount import recount
 from .result import RecipeResult
 from .start import check_start, factorized, structures
@@ -56,9 +55,8 @@ def uniform(
     check_start("uniform", start)
     training |= {"optimizer": optimizer, "schedule": schedule, "lr": lr}
     training |= {"weight_decay": weight_decay, "seed": seed}
-    check_training("uniform", dataset, epochs, model=model, **training)
-    callbacks = checked_callbacks("uniform", callbacks)
-    check_attached(training.get("checkpoint"), [Begun({"start": start}), *callbacks])
+    asked: dict[str, Any] = {"callbacks": callbacks, "begun": Begun({"start": start}), **training}
+    callbacks = checked_run("uniform", dataset, epochs, model=model, **asked)
     small, report = factorized(
         "uniform",
         model,
