@@ -40,6 +40,12 @@ class FactorizedLayer(PlannedLayer):
         """Rank or ranks of the weight."""
         return self.weight.rank
 
+    def clear_cache(self) -> None:
+        super().clear_cache()
+        gates: Any = self._modules.get("gates")
+        if gates is not None:
+            gates.clear_cache()
+
     def reset_parameters(self) -> None:
         """Random factors for a dense weight of variance ``2 / fan_in``, zero bias."""
         self.weight.reset_parameters()

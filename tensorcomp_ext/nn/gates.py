@@ -156,6 +156,10 @@ class LayerGates(nn.Module):
             state = self._kept = [(t, t._version) for t in tensors], gated
         return state[1]
 
+    def clear_cache(self) -> None:
+        """Drop the gated factors of evaluation."""
+        self._kept = None
+
     def train(self, mode: bool = True) -> LayerGates:
         self._kept, self.drawn = None, []
         return super().train(mode)

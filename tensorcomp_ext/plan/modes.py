@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .layer import PlannedLayer
+
 
 @contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
@@ -16,7 +18,11 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
+                if isinstance(module, PlannedLayer):
+                    # Weights prepared in the other mode would stay in memory for as long as this one lasts.
+                    module.clear_cache()
 
 
 @contextmanager

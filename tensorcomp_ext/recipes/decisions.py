@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from .settings import Settings
 from .task import Task
 from .train import train
 
+Known = Sequence[tuple[type[Callback], Mapping[str, Any]]]
+"""Types of callbacks and settings of theirs."""
+
 
 class Begun(Callback):
     """What a run began with: with another start a checkpoint is of another run."""
@@ -44,21 +47,21 @@ def check_training(
     name: str,
     dataset: Dataset | Task,
     epochs: int,
-    option: str = "epochs",
+    training: Mapping[str, Any],
     *,
+    option: str = "epochs",
     model: nn.Module | None = None,
     trains: bool = True,
-    **training: Any,
 ) -> None:
     """Refuse what :func:`.train` would refuse, before any work.
 
     Args:
         name: of the recipe.
-        option: what it calls the epochs.
-        model: what the recipe is given, where that must be a network which can be trained.
-        trains: False where nothing will be trained, and so no checkpoint resumed.
         training: what goes to ``train``, but for callbacks; an existing ``checkpoint`` must be of this recipe
             and of such settings.
+        option: what the recipe calls the epochs.
+        model: what the recipe is given, where that must be a network which can be trained.
+        trains: False where nothing will be trained, and so no checkpoint resumed.
 
     Raises:
         ValueError, TypeError: as ``train``; an option it does not have; ``parameters``, as they are those of
@@ -75,8 +78,10 @@ def check_training(
     taken = inspect.signature(train)
     for given in training.keys() - taken.parameters.keys():
         own = getattr(sys.modules[__package__], name, train)  # the recipe that was called
-        known = {*taken.parameters, *inspect.signature(own).parameters}
+        known = {*taken.parameters, *inspect.signature(own).parameters} - {"training", "parameters"}
         raise TypeError(f"{name}: unknown option {given!r}{nearest(given, known)}")
+    for given in training.keys() & {"model", "dataset", "epochs"}:
+        raise TypeError(f"{name}: {given} is given twice")
     asked = taken.bind(None, dataset, epochs=epochs, **training)
     asked.apply_defaults()
     options = {**asked.arguments, "callbacks": []}
@@ -102,31 +107,36 @@ def checked_run(
     name: str,
     dataset: Dataset | Task,
     epochs: int,
+    training: Mapping[str, Any],
     *,
     model: nn.Module,
     callbacks: Any,
-    begun: Begun | None = None,
+    known: Known,
     trains: bool = True,
-    **training: Any,
 ) -> list[Callback]:
     """The callbacks of a recipe that trains once, after :func:`check_training` and :func:`check_attached`.
 
     Args:
         callbacks: as the recipe is given them.
-        begun: what the recipe says of itself in a checkpoint, as far as it is known.
+        known: as :func:`check_attached` takes it.
     """
-    check_training(name, dataset, epochs, model=model, trains=trains, **training)
+    check_training(name, dataset, epochs, training, model=model, trains=trains)
     found = checked_callbacks(name, callbacks)
     if trains:
-        check_attached(training.get("checkpoint"), found if begun is None else [begun, *found])
+        check_attached(training.get("checkpoint"), found, known)
     return found
 
 
-def check_attached(checkpoint: str | Path | None, callbacks: Iterable[Callback]) -> None:
+def check_attached(
+    checkpoint: str | Path | None,
+    callbacks: Iterable[Callback],
+    known: Known = (),
+) -> None:
     """Refuse a checkpoint of a run without these callbacks, before any work.
 
     Args:
-        callbacks: those known by then, with those of their settings that are.
+        callbacks: those there are by then.
+        known: types of those the recipe will make, with those of their settings that are known by then.
 
     Raises:
         ValueError: there is such a checkpoint.
@@ -134,13 +144,15 @@ def check_attached(checkpoint: str | Path | None, callbacks: Iterable[Callback])
     if checkpoint is None or not Path(checkpoint).exists():
         return
     found = read_checkpoint(checkpoint)["settings"]["callbacks"]
-    for callback in callbacks:
-        wanted = {"type": type(callback).__name__, **callback.settings()}
+    attached = [(kind, dict(settings)) for kind, settings in known]
+    attached += [(type(callback), callback.settings()) for callback in callbacks]
+    for kind, settings in attached:
+        wanted = {"type": kind.__name__, **settings}
         of_type = [entry for entry in found if entry["type"] == wanted["type"]]
         if not any(all(entry.get(k) == v for k, v in wanted.items()) for entry in of_type):
             # Of settings that are not known by now nothing can be said.
-            known = [{key: entry.get(key) for key in wanted} for entry in of_type[:1]]
-            check_settings(checkpoint, {"callbacks": known}, {"callbacks": [wanted]})
+            saved = [{key: entry.get(key) for key in wanted} for entry in of_type[:1]]
+            check_settings(checkpoint, {"callbacks": saved}, {"callbacks": [wanted]})
 
 
 def compressible(

@@ -85,7 +85,8 @@ def decompose_finetune(
         check_number(name, "target", target, 0.0, 1.0, "(0, 1)")
     options = {"lr": lr, "schedule": schedule, "weight_decay": weight_decay, **training}
     begun = Begun({"recipe": name, "method": method, "target": target})
-    callbacks = checked_run(name, dataset, epochs, model=model, callbacks=callbacks, begun=begun, **options)
+    known = [(Begun, begun.settings())]
+    callbacks = checked_run(name, dataset, epochs, options, model=model, callbacks=callbacks, known=known)
     layers = compressible(name, model, exclude, example_inputs=example_inputs)
     weights: dict[str, Any] = {place: layer.weight for place, layer in layers.items()}
     small, report = _decomposed(model, weights, method, target, exclude, example_inputs)

@@ -48,33 +48,31 @@ def sent(
 
 
 def answers_of(name: str, model: nn.Module, inputs: tuple[torch.Tensor, ...], what: str) -> Any:
-    """What a network answers to an example, so that what is not for it is said before any work.
+    """What a network answers to a batch.
 
     Args:
-        name: of the caller, for messages; ``what`` the example is.
+        name: of the caller, for messages; ``what`` the batch is of.
 
     Raises:
         ValueError: the network fails.
     """
-    # Not in inference mode, or parts gathered from several processes could not be trained thereafter.
-    with modes_kept(model), torch.no_grad():
-        model.eval()
-        try:
-            return model(*inputs)
-        except (RuntimeError, ValueError, IndexError) as error:
-            shapes = ", ".join(str(list(x.shape[1:])) for x in inputs)
-            raise ValueError(f"{name}: the network cannot read {what}, {shapes} each: {error}") from error
+    try:
+        return model(*inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shapes = ", ".join(str(list(x.shape[1:])) for x in inputs)
+        raise ValueError(f"{name}: the network cannot read {what}, {shapes} each: {error}") from error
 
 
 def check_classes(name: str, answers: Any, labels: torch.Tensor, what: str) -> None:
-    """ValueError unless answers are [N, classes] with all classes that the labels name."""
-    classes = int(labels.max()) + 1
-    if isinstance(answers, torch.Tensor) and answers.dim() == 2 and answers.shape[1] >= classes:
+    """ValueError unless answers have a last dimension more than labels, of all the classes these name."""
+    classes, dims = int(labels.max()) + 1, labels.dim() + 1
+    if isinstance(answers, torch.Tensor) and answers.dim() == dims and answers.shape[-1] >= classes:
         return
+    form = "[N, classes]" if dims == 2 else "[N, tokens, classes]"
     given = list(answers.shape) if isinstance(answers, torch.Tensor) else type(answers).__name__
     raise ValueError(
-        f"{name}: the network must answer [N, classes] with the {classes} classes or more that {what} has, "
-        f"got {given} of one image"
+        f"{name}: the network must answer {form} with the {classes} classes or more that {what} has, "
+        f"got {given}"
     )
 
 
@@ -106,14 +104,16 @@ def evaluate(
         raise ValueError(f"evaluate: {dataset.name} has no {split} images")
     device, dtype = device_of(model), dtype_of(model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    first = dataset.normalize(sent(images[:1], device, layout)).to(dtype)
-    answers = answers_of("evaluate", model, (first,), f"the images of {dataset.name}")
-    check_classes("evaluate", answers, labels, dataset.name)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     with modes_kept(model), torch.inference_mode():
         model.eval()
         for start in range(0, len(labels), batch_size):
             batch = sent(images[start : start + batch_size], device, layout)
-            answers = model(dataset.normalize(batch).to(dtype)).argmax(1)
-            correct += (answers == sent(labels[start : start + batch_size], device)).sum()
+            read = dataset.normalize(batch).to(dtype)
+            if start == 0:
+                answers = answers_of("evaluate", model, (read,), f"the images of {dataset.name}")
+                check_classes("evaluate", answers, labels, dataset.name)
+            else:
+                answers = model(read)
+            correct += (answers.argmax(1) == sent(labels[start : start + batch_size], device)).sum()
     return Accuracy(int(correct), len(labels))

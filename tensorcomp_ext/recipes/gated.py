@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,17 +33,27 @@ class GatedNetwork:
         model: with layers in formats that have inner ranks.
         gate: distribution of the gates.
         dense: parameters of the network that the ratio compares with.
+        layers: names of those that get gates; None for all in formats with inner ranks.
         seed: of the first locations.
 
     Raises:
         ValueError: a model without such layers.
     """
 
-    def __init__(self, model: nn.Module, gate: Gate, dense: int, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: Gate,
+        dense: int,
+        *,
+        layers: Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        wanted = None if layers is None else set(layers)
         self.layers: dict[str, FactorizedLayer] = {
             name: m
             for name, m in model.named_modules()
-            if isinstance(m, FactorizedLayer) and m.weight.bonds()
+            if isinstance(m, FactorizedLayer) and m.weight.bonds() and (wanted is None or name in wanted)
         }
         if not self.layers:
             raise ValueError("GatedNetwork: the model has no factorised layer with inner ranks")

@@ -107,7 +107,7 @@ def lowrank_sparse(
     """
     name = "lowrank_sparse"
     training |= {"lr": lr, "schedule": schedule, "weight_decay": weight_decay}
-    check_training(name, dataset, epochs, model=model, **training)
+    check_training(name, dataset, epochs, training, model=model)
     callbacks = checked_callbacks(name, callbacks)
     check_choice(name, "method", method, METHODS)
     check_choice(name, "mode", mode, MODES)

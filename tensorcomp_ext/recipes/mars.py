@@ -136,7 +136,7 @@ def mars(
         strength: of the prior: "soft", 0.1 for an open mask and first logits -1.5, or "hard", 0.01 and -1.75.
         prior, logit: other values than those of ``strength``.
         schedule: as :func:`.train` takes it; the published one, 0.99 an epoch, falls to 0.05 in 300 epochs,
-            "decay" to 0.03 in any number.
+            "decay" to 0.04 in any number.
         remove_below: as in :func:`.l0`, lower since masks that matter begin at 0.15 here.
         target: as in :func:`.l0`. First logits of 0 or less have all masks shut: then the ratio is that of
             what has been cut, which never takes more than the target asks for, so that it needs a

@@ -83,11 +83,12 @@ def nrmf(
     shared = {"schedule": schedule, "weight_decay": weight_decay, **training}
     check_number("nrmf", "finetune_lr", finetune_lr, 0.0, float("inf"), "[0, inf)")
     places: dict[str, Any] = {"checkpoint": checkpoint, "logs": logs}
-    check_training("nrmf", dataset, epochs, model=model, lr=lr, **places, **shared)
+    check_training("nrmf", dataset, epochs, {"lr": lr, **places, **shared}, model=model)
     if checkpoint is not None:
         places["checkpoint"] = second_checkpoint(checkpoint)
     own = {"lr": finetune_lr, **places, **shared}
-    check_training("nrmf", dataset, finetune_epochs, "finetune_epochs", **own)
+    unseen = None if epochs else model
+    check_training("nrmf", dataset, finetune_epochs, own, option="finetune_epochs", model=unseen)
     callbacks = checked_callbacks("nrmf", callbacks)
     dense = copy.deepcopy(model)
     regulariser = NuclearNorm(dense, alpha, norm=norm, p=p, exclude=exclude)

@@ -84,8 +84,8 @@ def posttraining(
     """
     name = "posttraining"
     training = {**FINETUNING, **training, "lr": lr, "seed": seed}
-    given: dict[str, Any] = {"callbacks": callbacks, "begun": Begun({"recipe": name}), **training}
-    callbacks = checked_run(name, dataset, epochs, model=model, trains=bool(epochs), **given)
+    known: dict[str, Any] = {"known": [(Begun, {"recipe": name})], "trains": bool(epochs)}
+    callbacks = checked_run(name, dataset, epochs, training, model=model, callbacks=callbacks, **known)
     for option, value, least in (("batch", batch, 1), ("calibration", calibration, 0)):
         if type(value) is not int or value < least:
             raise ValueError(f"posttraining: {option} must be an int of at least {least}, got {value!r}")
@@ -95,6 +95,7 @@ def posttraining(
         key: training[key] for key in ("augment", "label_smoothing", "channels_last") if key in training
     }
     task = as_task("posttraining", dataset, **images)
+    task.check(name, model)
     spec = parse_rank(rank) if isinstance(rank, str) else rank
     rule = spec if isinstance(spec, Latency) else None
     if rule is not None and processes.count() > 1:

@@ -194,7 +194,9 @@ def progressive(
     check_fade(name, decay, share, start, rank_every)
     options = {"lr": lr, "schedule": schedule, "weight_decay": weight_decay, **training}
     begun = Begun({"recipe": name, "target": target, "init": init})
-    callbacks = checked_run(name, dataset, epochs, model=model, callbacks=callbacks, begun=begun, **options)
+    fade: dict[str, Any] = {"decay": decay, "share": share, "start": start, "rank_every": rank_every}
+    known = [(Begun, begun.settings()), (Progressive, fade)]
+    callbacks = checked_run(name, dataset, epochs, options, model=model, callbacks=callbacks, known=known)
     found = compressible(name, model, exclude, example_inputs=example_inputs)
     layers = {place: layer for place, layer in found.items() if is_trained(layer)}
     if not layers:
@@ -213,7 +215,7 @@ def progressive(
         report[place].skipped = NOT_TRAINED
     for entry in report.replaced:
         _add_branch(small, entry.name, weights[entry.name], init)
-    callback = Progressive(small, budget, decay=decay, share=share, start=start, rank_every=rank_every)
+    callback = Progressive(small, budget, **fade)
     history = train(small, dataset, epochs=epochs, callbacks=[callback, begun, *callbacks], **options).history
     callback.finish()
     for layer in callback.layers.values():
@@ -223,8 +225,8 @@ def progressive(
     stays = sum(weights[place].numel() for place in weights if place not in callback.branches)
     stored = stays + size_of(callback.layers)
     report.details[name] = {
-        **{"target": target, "init": init, "decay": decay, "share": share, "start": start},
-        **{"rank_every": rank_every, "weights": total, "stored": stored, "stored_share": stored / total},
+        **{"target": target, "init": init, **fade},
+        **{"weights": total, "stored": stored, "stored_share": stored / total},
         "ranks": {place: list(ranks_of(layer.weight)) for place, layer in callback.layers.items()},
     }
     return RecipeResult(small, report, history)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tensorcomp_ext.data import Dataset
 from tensorcomp_ext.ranks.gates import Gate
 
 from .callbacks import Callback
-from .decisions import checked_run
+from .decisions import Known, checked_run
 from .gated import GatedNetwork, RankSelection
 from .options import check_number
 from .recount import recount
@@ -45,16 +45,26 @@ class Run:
     example_inputs: Any
     callbacks: Iterable[Callback]
 
-    def check(self, model: nn.Module, dataset: Dataset | Task, training: Mapping[str, Any]) -> list[Callback]:
+    def check(
+        self,
+        model: nn.Module,
+        dataset: Dataset | Task,
+        training: Mapping[str, Any],
+        known: Known,
+    ) -> list[Callback]:
         """The callbacks, after refusing what would be refused after the decompositions only.
 
         Args:
             training: as ``train`` takes it.
+            known: settings of the callback that selects ranks, as far as they are known by then.
         """
         check_start(self.name, self.start)
         check_gates(self.name, self.remove_below, self.remove_every, self.target, self.gate_lr)
-        own: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
-        return checked_run(self.name, dataset, model=model, callbacks=self.callbacks, **training, **own)
+        options = {**training, "lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
+        epochs = options.pop("epochs")
+        return checked_run(
+            self.name, dataset, epochs, options, model=model, callbacks=self.callbacks, known=known
+        )
 
 
 def check_gates(
@@ -74,7 +84,7 @@ def select(
     model: nn.Module,
     dataset: Dataset | Task,
     gate: Gate,
-    selection: Callable[..., RankSelection],
+    selection: type[RankSelection],
     options: dict[str, Any],
     training: dict[str, Any],
 ) -> RecipeResult:
@@ -85,7 +95,14 @@ def select(
         selection: the callback, which takes a :class:`.GatedNetwork` and ``options``.
         training: options of ``train``.
     """
-    callbacks = run.check(model, dataset, training)
+    removal: dict[str, Any] = {
+        "remove_below": run.remove_below,
+        "remove_every": run.remove_every,
+        "target": run.target,
+    }
+    start = {"start": run.start, "gate_lr": run.gate_lr, **options}
+    known = [(selection, {"gate": gate.settings(), **removal, **start})]
+    callbacks = run.check(model, dataset, training, known)
     small, report = factorized(
         run.name,
         model,
@@ -99,23 +116,14 @@ def select(
         example_inputs=run.example_inputs,
     )
     before = {entry.name: entry.rank for entry in report.replaced}
-    network = GatedNetwork(small, gate, report.parameters_before, seed=run.seed)
+    network = GatedNetwork(small, gate, report.parameters_before, layers=before, seed=run.seed)
     if run.target is not None and gate.begins_open and network.ratio() >= run.target:
         warn(
             f"{run.name}: with these first ranks the network is {network.ratio():.1f} times smaller already, "
             f"target {run.target:g}: gates are frozen from the beginning; larger ranks leave them a choice",
         )
-    method = selection(
-        network,
-        remove_below=run.remove_below,
-        remove_every=run.remove_every,
-        target=run.target,
-        start={
-            **{"start": run.start, "gate_lr": run.gate_lr, "layers": structures(small, report)},
-            **options,
-        },
-        **options,
-    )
+    begun = {**start, "layers": structures(small, report)}
+    method = selection(network, **removal, start=begun, **options)
     gates = {id(location) for location in network.locations}
     weights = [p for p in small.parameters() if p.requires_grad and id(p) not in gates]
     groups: list[dict[str, Any]] = [

@@ -93,6 +93,9 @@ def factorized(
             exclude=[*exclude, *map(glob.escape, left_out)],
             example_inputs=example_inputs,
         )
+    if not result.report.replaced:
+        skipped = "; ".join(f"{entry.name or 'model'}: {entry.skipped}" for entry in result.report.layers[:8])
+        raise ValueError(f"{name}: no layer was put into factors ({skipped or 'the model has none'})")
     if start == "random":
         for place in left_out:
             result.report[place].skipped = NOT_TRAINED

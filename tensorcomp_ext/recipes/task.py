@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorcomp_ext.data import Dataset
+from tensorcomp_ext.plan.modes import evaluating
 
 from .augment import crop_and_flip
 from .checkpoint import checksum
@@ -47,20 +48,26 @@ class Task(ABC):
         return None
 
     def check(self, name: str, model: nn.Module) -> None:
-        """Refuse a network that is not for this task, before any work; it is asked about one example.
+        """Refuse a network that is not for this task, before any work; it is asked about a few examples.
 
         Args:
             name: of the caller, for messages.
 
         Raises:
-            ValueError: the network cannot read the example, or its answers are not of this task.
+            ValueError: the network cannot read the examples, or its answers are not of this task.
         """
-        self._answers(name, model)
+        self.tried(name, model)
 
-    def _answers(self, name: str, model: nn.Module) -> Any:
-        first = torch.zeros(1, dtype=torch.int64)
-        inputs = self.batch_for(model, first, torch.Generator().manual_seed(0)).inputs
-        return answers_of(name, model, inputs, f"what {self.name} holds")
+    def trial(self) -> Tensor:
+        """Numbers of the examples about which a network is asked before any work."""
+        return torch.zeros(1, dtype=torch.int64)
+
+    def tried(self, name: str, model: nn.Module) -> tuple[Any, Tensor]:
+        """What a network answers to those examples in evaluation, and their labels; see :meth:`check`."""
+        batch = self.batch_for(model, self.trial(), torch.Generator().manual_seed(0))
+        # Not in inference mode, or parts gathered from several processes could not be trained thereafter.
+        with evaluating(model), torch.no_grad():
+            return answers_of(name, model, batch.inputs, f"what {self.name} holds"), batch.labels
 
     @abstractmethod
     def batch(self, indices: Tensor, generator: torch.Generator, device: torch.device) -> Batch:
@@ -141,7 +148,7 @@ class ImageTask(Task):
         return len(self.dataset.test_labels)
 
     def check(self, name: str, model: nn.Module) -> None:
-        answers = self._answers(name, model)
+        answers, _ = self.tried(name, model)
         if type(self).loss is ImageTask.loss:  # another loss may ask for other answers
             check_classes(name, answers, self.dataset.train_labels, self.name)
 

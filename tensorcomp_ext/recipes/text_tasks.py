@@ -17,7 +17,7 @@ from tensorcomp_ext.data.vocabulary import BEGIN, END, PAD
 from tensorcomp_ext.plan.modes import modes_kept
 
 from .checkpoint import checksum
-from .evaluate import Accuracy, device_of, sent
+from .evaluate import Accuracy, check_classes, device_of, sent
 from .options import check_known
 from .task import Batch, Task
 
@@ -58,6 +58,15 @@ class SentenceTask(Task):
     def batch(self, indices: Tensor, generator: torch.Generator, device: torch.device) -> Batch:
         tokens, lengths = self.dataset.train.padded(indices, PAD)
         return Batch((sent(tokens, device), lengths), sent(self.dataset.train_labels[indices], device))
+
+    def trial(self) -> Tensor:
+        return torch.tensor([_with_largest(self.dataset.train)])
+
+    def check(self, name: str, model: nn.Module) -> None:
+        answers, _ = self.tried(name, model)
+        check_classes(
+            name, answers, torch.cat([self.dataset.train_labels, self.dataset.test_labels]), self.name
+        )
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)
@@ -151,6 +160,16 @@ class TranslationTask(Task):
         pairs = torch.cat([self._groups[index] for index in indices.tolist()])
         data = self.dataset
         return _translations(data.train_source, data.train_target, pairs, device)
+
+    def trial(self) -> Tensor:
+        pairs = torch.cat(self._groups)
+        ends = torch.tensor([len(group) for group in self._groups]).cumsum(0)
+        sides = (self.dataset.train_source, self.dataset.train_target)
+        places = torch.tensor([_with_largest(rows.select(pairs)) for rows in sides])
+        return torch.searchsorted(ends, places, right=True)
+
+    def check(self, name: str, model: nn.Module) -> None:
+        check_classes(name, *self.tried(name, model), self.name)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -260,6 +279,13 @@ class LanguageTask(Task):
         tokens = sent(self.dataset.train[places], device)  # [N, window + 1]
         return Batch((tokens[:, :-1],), tokens[:, 1:])
 
+    def trial(self) -> Tensor:
+        place = int(self.dataset.train[: self.size * self.window + 1].argmax())
+        return torch.tensor([min(place // self.window, self.size - 1)])
+
+    def check(self, name: str, model: nn.Module) -> None:
+        check_classes(name, *self.tried(name, model), self.name)
+
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.flatten(0, 1), labels.flatten())
 
@@ -318,6 +344,13 @@ def _inference(model: nn.Module) -> Iterator[None]:
     with modes_kept(model), torch.inference_mode():
         model.eval()
         yield
+
+
+def _with_largest(rows: Sequences) -> int:
+    """The number of a sequence with the largest token there is."""
+    if not len(rows.tokens):
+        return 0
+    return int(torch.searchsorted(rows.offsets, int(rows.tokens.argmax()), right=True)) - 1
 
 
 def _ended(rows: Sequences, indices: Tensor) -> Tensor:

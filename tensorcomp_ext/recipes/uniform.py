@@ -55,8 +55,8 @@ def uniform(
     check_start("uniform", start)
     training |= {"optimizer": optimizer, "schedule": schedule, "lr": lr}
     training |= {"weight_decay": weight_decay, "seed": seed}
-    asked: dict[str, Any] = {"callbacks": callbacks, "begun": Begun({"start": start}), **training}
-    callbacks = checked_run("uniform", dataset, epochs, model=model, **asked)
+    checks: dict[str, Any] = {"callbacks": callbacks, "known": [(Begun, {"start": start})]}
+    callbacks = checked_run("uniform", dataset, epochs, training, model=model, **checks)
     small, report = factorized(
         "uniform",
         model,

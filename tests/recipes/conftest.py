@@ -1,5 +1,6 @@
 """Fixtures of the training tests."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -24,3 +25,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nothing_begun(monkeypatch):
+    """From here on a decomposition fails the test."""
+    for module in ("decompose_finetune", "posttraining", "sparse_start", "decisions", "start"):
+        found = importlib.import_module(f"tensorcomp_ext.recipes.{module}")
+        monkeypatch.setattr(found, "compress", lambda *a, **o: pytest.fail("decomposed before the checks"))

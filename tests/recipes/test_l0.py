@@ -332,3 +332,22 @@ def test_embeddings_are_selected_too(dataset):
     ).model  # fmt: skip
     assert isinstance(small[0], tc.nn.FactorizedEmbedding)
     assert math.prod(small[0].rank) < 16
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_compressed_before_keep_their_ranks(dataset, name):
+    """Gates go on layers that were asked for, and on no others."""
+    model = tc.compress(dense_network(), rank=3, layers="3").model
+    own = {"weight": 20.0, "gate_lr": 50.0} if name == "l0" else {}
+    made = run(name, dataset, model, format="tr", layers="0", **own)
+    assert made.model[3].rank == 3 and "gates" not in made.model[3]._modules
+    assert [entry.name for entry in made.report.replaced] == ["0"]
+    if name == "l0":
+        assert math.prod(made.model[0].rank) < 5**3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_network_with_nothing_to_factorize_is_refused(dataset, name):
+    model = nn.Sequential(nn.Flatten(), FactorizedLinear(64, 4, rank=2, format="svd"))
+    with pytest.raises(ValueError, match=f"{name}: no layer was put into factors"):
+        run(name, dataset, model, format=None, layers=None)

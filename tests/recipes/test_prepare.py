@@ -11,7 +11,6 @@ from small_texts import sentences, text, translations
 from torch import nn
 
 from tensorcomp_ext import recipes
-from tensorcomp_ext.models import SentimentLSTM
 from tensorcomp_ext.recipes.checkpoint import checksum
 
 
@@ -50,13 +49,6 @@ WRONG = [
     ({"progress": 1}, TypeError, "progress must be a function or None, got 1"),
     ({"checkpoint": 3}, TypeError, "checkpoint must be a path, got 3"),
 ]
-
-
-@pytest.fixture
-def nothing_begun(monkeypatch):
-    for module in ("decompose_finetune", "posttraining", "sparse_start", "decisions", "start"):
-        found = importlib.import_module(f"tensorcomp_ext.recipes.{module}")
-        monkeypatch.setattr(found, "compress", lambda *a, **o: pytest.fail("decomposed before the checks"))
 
 
 RECIPES = {
@@ -281,56 +273,40 @@ def test_checksums():
     assert checksum(torch.zeros(4, dtype=torch.bfloat16)) != checksum(torch.ones(4, dtype=torch.bfloat16))
 
 
-def wide_images(dataset):
-    """The same images, one column wider."""
-    wider = {
-        f"{split}_images": torch.nn.functional.pad(dataset.split(split)[0], (0, 1))
-        for split in ("train", "test")
-    }
-    return dataclasses.replace(dataset, **wider)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "x"}, "l0: unknown option 'name'"),
+        ({"trains": False}, "l0: unknown option 'trains'"),
+        ({"known": ()}, "l0: unknown option 'known'"),
+        ({"trainin": 1}, "l0: unknown option 'trainin'$"),
+        ({"gatelr": 1}, "l0: unknown option 'gatelr'; did you mean 'gate_lr'"),
+    ],
+)
+def test_options_there_are_not(dataset, nothing_begun, options, message):
+    with pytest.raises(TypeError, match=message):
+        recipes.l0(network(), dataset, epochs=1, **options)
 
 
-FEW = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3))
-UNREAD = r"cannot read .*quadrants.*, \[1, 8, 9\] each: mat1 and mat2"
-FEWER = r"must answer \[N, classes\] with the 4 classes or more that quadrants has, got \[1, 3\] of one image"
-RECIPES = {
-    "train": recipes.train,
-    "posttraining": recipes.posttraining,
-    "decompose_finetune": recipes.decompose_finetune,
-    "nrmf": recipes.nrmf,
-    "progressive": recipes.progressive,
-    "lowrank_sparse": recipes.lowrank_sparse,
-    "l0": recipes.l0,
-    "uniform": recipes.uniform,
-}
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_networks_that_are_not_for_the_images_are_refused(dataset, nothing_begun, name):
-    epochs = {"epochs": 1, **({"finetune_epochs": 1} if name == "nrmf" else {})}
-    with pytest.raises(ValueError, match=f"{name}: the network {UNREAD}"):
-        RECIPES[name](network(), wide_images(dataset), **epochs)
-    with pytest.raises(ValueError, match=f"{name}: the network {FEWER}"):
-        RECIPES[name](FEW, dataset, **epochs)
-
-
-def test_evaluation_says_which_images_a_network_cannot_read(dataset):
-    with pytest.raises(ValueError, match=f"evaluate: the network {UNREAD}"):
-        recipes.evaluate(network(), wide_images(dataset))
-    with pytest.raises(ValueError, match=f"evaluate: the network {FEWER}"):
-        recipes.evaluate(FEW, dataset)
-
-
-def test_networks_that_are_not_for_a_text_are_refused():
-    with pytest.raises(ValueError, match=r"train: the network cannot read what telling words holds, \[\d+\]"):
-        recipes.train(SentimentLSTM(3, dim=8, hidden=8), recipes.SentenceTask(sentences()), epochs=1)
-
-
-def test_a_trial_changes_neither_modes_nor_random_numbers(dataset):
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 4))
-    model[1].eval()
-    state = torch.get_rng_state()
-    recipes.ImageTask(dataset).check("train", model)
-    assert [m.training for m in model.modules()] == [True, True, False, True, True]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert int(model[2].num_batches_tracked) == 0
+@pytest.mark.parametrize(
+    ("name", "options", "changed"),
+    [
+        ("l0", {"format": "svd"}, {"weight": 0.3}),
+        ("l0", {"format": "svd"}, {"sigma": 0.4}),
+        ("l0", {"format": "svd"}, {"start": "decompose"}),
+        ("reinforce", {"format": "svd"}, {"samples": 3}),
+        ("mars", {"format": "svd"}, {"remove_below": 0.01}),
+        ("progressive", {"target": 0.5}, {"decay": "sine"}),
+        ("progressive", {"target": 0.5}, {"share": 0.5}),
+    ],
+)
+def test_a_checkpoint_of_other_options_is_refused_before_decompositions(
+    dataset, request, tmp_path, name, options, changed
+):
+    options = {"epochs": 1, "batch_size": 80, "checkpoint": tmp_path / "run.ckpt", **options}
+    if name != "progressive":
+        options["rank"] = 2
+    getattr(recipes, name)(network(), dataset, **options)
+    request.getfixturevalue("nothing_begun")
+    with pytest.raises(ValueError, match=rf"other settings: callbacks: \w+\.(gate\.)?{next(iter(changed))} "):
+        getattr(recipes, name)(network(), dataset, **options, **changed)
