@@ -139,9 +139,9 @@ def ring_times_table(results: Mapping[str, Any]) -> Table:
             if row[key] is None:
                 cells += ["–", "–", "–"]
                 continue
-            published = "–"
-            if row["published"] is not None and first["published"] is not None:
-                published = f"{row['published'][key] / first['published'][key]:.2f}"
+            published, known = "–", row["published"] or {}
+            if key in known:
+                published = f"{known[key] / first['published'][key]:.2f}"
             ratio = row[key]["p50"] / first[key]["p50"]
             cells += [f"{row[key]['p50']:.{digits}f}", f"{ratio:.2f}", published]
         body.append(cells)
