@@ -27,7 +27,7 @@ def layout(name: str, model: nn.Module) -> Layout:
     Source: the supplement to "Learning Low-Rank Tensor Cores with Probabilistic l0-Regularized Rank
     Selection"; Kodryan et al. 2023 (784-625-10).
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     formats = dict(PRESETS[name](name, model))
     return formats, list(formats)

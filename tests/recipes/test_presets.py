@@ -74,6 +74,8 @@ def test_embeddings(preset, table, rank, stored):
 def test_refusals():
     with pytest.raises(ValueError, match=r"preset must be one of lenet5-tr, .*, got 'alexnet'"):
         layout("alexnet", build("lenet5"))
+    with pytest.raises(ValueError, match=r"preset must be one of lenet5-tr, .*, got \['lenet5-tr'\]"):
+        layout(["lenet5-tr"], build("lenet5"))
     with pytest.raises(ValueError, match=r"'fc1' must have a weight \[320, 1250\], got Linear \[320, 800\]"):
         layout("lenet5-tr", build("lenet5", input_size=24))
     with pytest.raises(ValueError, match=r"layer 'conv1' must have a weight \[20, 1, 5, 5\], got none"):
