@@ -109,7 +109,10 @@ def compress(
         Path | None,
         typer.Option(dir_okay=False, help="Recipe: written after every epoch, and gone on from."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of that training and of the images to recalibrate on.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Seed of training, of what is drawn, of images to recalibrate on."),
+    ] = 0,
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the network here.")] = None,
     html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a report for a browser.")] = None,
     tune: Annotated[bool, typer.Option(help="Measure the plans of every layer and keep the fastest.")] = True,
@@ -162,7 +165,7 @@ def compress(
     learns = recalibrate or epochs > 0 or procedure is not None
     images = load_images(model, dataset, data_dir, train=learns)
     drawn = procedure is not None and procedure.draws
-    dense, images, options = load_network(model, weights, images, drawn)
+    dense, images, options = load_network(model, weights, images, drawn, seed)
     if procedure is not None and recipe is not None:
         procedure.check_network(recipe, dense)
     if channels_last:

@@ -26,11 +26,12 @@ def load_images(model: str, dataset: str, root: Path | None, train: bool) -> dat
 
 
 def load_network(
-    name: str, weights: Path | None, images: data.Dataset | None, drawn: bool = False
+    name: str, weights: Path | None, images: data.Dataset | None, drawn: bool = False, seed: int = 0
 ) -> tuple[nn.Module, data.Dataset | None, dict[str, Any]]:
     """The network with its weights, the images normalised as it expects them, and how to build it again.
 
-    Without weights it warns, in other words where a recipe draws factors of its own (``drawn``).
+    Without weights, which ``seed`` then draws, it warns, in other words where a recipe draws factors of its
+    own (``drawn``).
     """
     options: dict[str, Any] = {}
     if images is not None:
@@ -38,7 +39,9 @@ def load_network(
     if weights is None:
         owner = "the dense network beside the recipe's factors" if drawn else "the network"
         warnings.warn(f"no --weights: {owner} has random weights", stacklevel=2)
-        return models.build(name, **options), images, options
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return models.build(name, **options), images, options
     if is_checkpoint(weights):
         header = read_header(weights)
         network = build_from(header, weights, name)

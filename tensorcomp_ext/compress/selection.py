@@ -207,7 +207,7 @@ def require_matches(patterns: Iterable[str], names: Sequence[str], argument: str
             hint = f"; for the layers inside it write '{pattern}.*'" if inside else ""
             raise ValueError(
                 f"compress: {argument} pattern {pattern!r} matches no convolution, "
-                f"linear layer or embedding{hint}"
+                f"linear layer or embedding by its name{hint}"
                 + (f". Layers: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if not hint else "")
             )
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class Dataset:
         mean, std: per channel, of images scaled to 0..1; what `normalize` uses.
         classes: names of the classes.
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError where these do not fit together, TypeError for other types.
     """
 
     name: str
@@ -44,6 +45,14 @@ class Dataset:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            if not isinstance(getattr(self, name), torch.Tensor):
+                raise TypeError(
+                    f"{self.name}: {name} must be a torch.Tensor, got {type(getattr(self, name)).__name__}"
+                )
+        classes: Any = self.classes
+        if not isinstance(classes, (tuple, list)):
+            raise TypeError(f"{self.name}: classes must be a tuple of names, got {classes!r}")
         for split in ("train", "test"):
             images, labels = self.split(split)
             if images.dim() != 4 or images.dtype != torch.uint8:
@@ -72,8 +81,8 @@ class Dataset:
                 f"{self.name}: mean and std must have one entry for each of {self.channels} channels, "
                 f"got {len(self.mean)} and {len(self.std)}"
             )
-        if not all(map(math.isfinite, self.mean)):
-            raise ValueError(f"{self.name}: mean must be finite, got {self.mean}")
+        if not all(0 <= entry <= 1 for entry in self.mean):
+            raise ValueError(f"{self.name}: mean must be of pixels scaled to 0..1, got {self.mean}")
         if not all(0 < entry < math.inf for entry in self.std):
             raise ValueError(f"{self.name}: std must be positive and finite, got {self.std}")
 

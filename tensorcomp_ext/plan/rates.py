@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ _STAND_INS = {"pair": "linear", "chain": "linear", "sparse": "linear"}
 """Kinds that take the rates of others than convolutions where they are not measured."""
 _BUSY = 5e-4
 """Seconds of the smallest call above which other work disturbs the machine too much."""
+_FALL, _RISE = 4.0, 100.0
+"""By how much no kind of work gets slower, and none faster, from one width to the next."""
+_ROUNDS = 3
+"""Times that rates are measured at the most, until they fit together."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,29 @@ class Rates:
         low, high = known[place - 1], known[place]
         share = math.log(width / low) / math.log(high / low)
         return table[low] ** (1 - share) * table[high] ** share
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work must have been measured along: calls that take long, rates that do not fit."""
+        steps = [
+            (table[low], table[high]) for table in self.macs.values() for low, high in pairwise(sorted(table))
+        ]
+        return self.overhead >= _BUSY or any(
+            _FALL * wide < narrow or wide > _RISE * narrow for narrow, wide in steps
+        )
+
+    def best(self, other: Rates) -> Rates:
+        """Of two measurements of the same kinds of work the faster one of each figure."""
+        macs = {
+            kind: {width: max(rate, other.macs[kind][width]) for width, rate in table.items()}
+            for kind, table in self.macs.items()
+        }
+        return Rates(
+            macs,
+            max(self.bandwidth, other.bandwidth),
+            min(self.overhead, other.overhead),
+            max(self.cached, other.cached),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types; :meth:`from_dict` reads it."""
@@ -103,7 +131,8 @@ _known: dict[str, Rates] = {}
 def rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
     """This machine's rates: from memory, from the cache file, or measured now and kept in both.
 
-    Rates measured while the machine is busy serve this process only. On CUDA they are those of float32 as
+    Rates that other work disturbed are measured again, and if they still do not fit together, serve this
+    process only. On CUDA they are those of float32 as
     torch rounds it now; where nothing can be measured, because the memory is full or a graph is being
     captured, guesses serve until it can.
 
@@ -119,14 +148,18 @@ def rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
     if found is None:
         path = cache_directory() / _FILE
         found = Rates.from_dict(load(path).get(key))
-        if found is None:
+        if found is None or found.disturbed:
             if kind == "cuda" and torch.cuda.is_current_stream_capturing():
                 return Rates()
             try:
                 found = measure(dtype, device)
+                for _ in range(_ROUNDS - 1):
+                    if not found.disturbed:
+                        break
+                    found = found.best(measure(dtype, device))
             except torch.OutOfMemoryError:
                 return Rates()
-            if found.overhead < _BUSY:
+            if not found.disturbed:
                 store(path, key, found.to_dict())
         _known[key] = found
     return found

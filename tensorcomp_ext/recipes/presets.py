@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from tensorcomp_ext.nn import FactorizedLayer
+
 Layout = tuple[dict[str, tuple[str, dict[str, Any]]], list[str]]
 """Formats and options by layer, and the names of these layers; the others stay dense."""
 Modes = tuple[int, ...]
@@ -59,7 +61,7 @@ def _lenet(preset: str, model: nn.Module) -> Found:
         layer = layers.get(name)
         weight: Any = getattr(layer, "weight", None)
         if type(layer) is not kind or tuple(weight.shape) != shape:
-            given = "none" if layer is None else _described(layer)
+            given = "none of that name" if layer is None else _described(layer)
             raise ValueError(
                 f"preset {preset!r}: layer {name!r} must have a weight {list(shape)}, got {given}"
             )
@@ -111,6 +113,8 @@ def _embedding(format: str, out_modes: Modes, in_modes: Modes) -> Callable[[str,
 
 
 def _described(layer: Any) -> str:
+    if isinstance(layer, FactorizedLayer):
+        return f"{type(layer).__name__}, which is compressed already"
     weight = getattr(layer, "weight", None)
     shape = "" if weight is None else f" {list(weight.shape)}"
     return f"{type(layer).__name__}{shape}"

@@ -92,7 +92,7 @@ def select(
 
     Args:
         run: its options, checked here before anything else.
-        selection: the callback, which takes a :class:`.GatedNetwork` and ``options``.
+        selection: the type of the callback, which takes a :class:`.GatedNetwork` and ``options``.
         training: options of ``train``.
     """
     removal: dict[str, Any] = {
@@ -117,6 +117,7 @@ def select(
     )
     before = {entry.name: entry.rank for entry in report.replaced}
     network = GatedNetwork(small, gate, report.parameters_before, layers=before, seed=run.seed)
+    first = network.sizes
     if run.target is not None and gate.begins_open and network.ratio() >= run.target:
         warn(
             f"{run.name}: with these first ranks the network is {network.ratio():.1f} times smaller already, "
@@ -145,6 +146,12 @@ def select(
         warn(
             f"{run.name}: target {run.target:g} was not reached: the network is {network.ratio():.1f} times "
             "smaller; more epochs, a stronger penalty or a larger gate_lr shut more gates",
+        )
+    if training["epochs"] and run.target is None and network.ranks() == first:
+        warn(
+            f"{run.name}: no rank was cut in {training['epochs']} epochs: a step moves a gate by about lr "
+            f"times gate_lr, here {run.lr * run.gate_lr:g}; more epochs, a larger gate_lr or a stronger "
+            "penalty cut ranks"
         )
     network.fold()
     recount(report, small, run.example_inputs)

@@ -103,7 +103,8 @@ def test_first_keeps_the_beginning():
             "labels must be int64, got torch.int32",
         ),
         ({"test_labels": torch.zeros(4)}, "test labels must be int64, got torch.float32"),
-        ({"mean": (math.inf,)}, "mean must be finite"),
+        ({"mean": (math.inf,)}, "mean must be of pixels scaled to 0..1"),
+        ({"mean": (127.0,)}, "mean must be of pixels scaled to 0..1"),
         ({"std": (math.nan,)}, r"std must be positive and finite, got \(nan,\)"),
         ({"std": (math.inf,)}, "std must be positive and finite"),
         ({"mean": (0.5, 0.5)}, "one entry for each of 1 channels"),
@@ -134,3 +135,20 @@ def test_unpacked_real_files(name, train, test):
     # Each channel's mean must be the published one to the digits published.
     images = dataset.train_images[:10000].double() / 255
     assert torch.allclose(images.mean((0, 2, 3)), torch.tensor(dataset.mean).double(), atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train_images": torch.zeros(6, 1, 5, 5).numpy()},
+            "train_images must be a torch.Tensor, got ndarray",
+        ),
+        ({"test_labels": [0, 1, 2, 0]}, "test_labels must be a torch.Tensor, got list"),
+        ({"classes": 3}, "classes must be a tuple of names, got 3"),
+        ({"classes": "abc"}, "classes must be a tuple of names, got 'abc'"),
+    ],
+)
+def test_fields_of_other_types(changes, message):
+    with pytest.raises(TypeError, match=message):
+        _small(1, **changes)

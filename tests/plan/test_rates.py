@@ -149,3 +149,41 @@ def test_the_cost_of_a_layer_is_that_of_its_device(monkeypatch: pytest.MonkeyPat
     cost.predict(get_plan("staged"), layer, case._replace(device="cuda"))
     cost.predict(get_plan("staged"), layer, case)
     assert asked == ["cpu", "cuda:1", "cpu"]
+
+
+SOUND = {"conv": {8: 2e10, 32: 7e10, 128: 1e11}, "linear": {8: 6e9, 32: 5e10, 128: 5e10}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "rate"), [("conv", 32, 1e7), ("linear", 8, 1e7), ("conv", 128, 1e10), (None, 0, 0.0)]
+)
+def test_rates_that_do_not_fit_are_measured_again(
+    kind: str | None, width: int, rate: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Other work slowed one call down; what was stored so before is not believed either."""
+    tables = {name: dict(table) for name, table in SOUND.items()}
+    if kind is not None:
+        tables[kind][width] = rate
+    first, later = rates.Rates(tables, 2e10, 2e-5, 1e11), rates.Rates(SOUND, 1e10, 1e-5, 2e11)
+    assert first.disturbed == (kind is not None) and not later.disturbed
+    made = [first, later, later]
+    monkeypatch.setattr(rates, "measure", lambda dtype, device: made.pop(0))
+    monkeypatch.setattr(rates, "_known", {})
+    monkeypatch.setenv("TENSORCOMP_CACHE_DIR", str(tmp_path))
+    path = cache.cache_directory() / "rates.json"
+    cache.store(path, rates._key(torch.float32, "cpu", 1), first.to_dict())
+    found = rates.rates(torch.float32, "cpu", 1)
+    if kind is None:
+        assert found == first and len(made) == 3
+        return
+    assert found == rates.Rates(SOUND, 2e10, 1e-5, 2e11) and len(made) == 1
+    assert rates.Rates.from_dict(cache.load(path)[rates._key(torch.float32, "cpu", 1)]) == found
+
+
+def test_rates_that_never_fit_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = rates.Rates({"conv": {8: 1e10, 32: 1e7}}, 1e10, 1e-5, 1e11)
+    monkeypatch.setattr(rates, "measure", lambda dtype, device: broken)
+    monkeypatch.setattr(rates, "_known", {})
+    monkeypatch.setenv("TENSORCOMP_CACHE_DIR", str(tmp_path))
+    assert rates.rates(torch.float32, "cpu", 1) == broken
+    assert not (cache.cache_directory() / "rates.json").exists()

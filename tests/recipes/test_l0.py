@@ -351,3 +351,9 @@ def test_a_network_with_nothing_to_factorize_is_refused(dataset, name):
     model = nn.Sequential(nn.Flatten(), FactorizedLinear(64, 4, rank=2, format="svd"))
     with pytest.raises(ValueError, match=f"{name}: no layer was put into factors"):
         run(name, dataset, model, format=None, layers=None)
+
+
+@pytest.mark.parametrize("name", ["l0", "reinforce"])
+def test_a_run_that_cut_nothing_says_so(dataset, name):
+    with pytest.warns(UserWarning, match=rf"{name}: no rank was cut in 1 epochs: .* here 1e-06; more epochs"):
+        run(name, dataset, epochs=1, lr=1e-6, gate_lr=1.0, weight=0.0)

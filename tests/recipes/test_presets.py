@@ -78,7 +78,9 @@ def test_refusals():
         layout(["lenet5-tr"], build("lenet5"))
     with pytest.raises(ValueError, match=r"'fc1' must have a weight \[320, 1250\], got Linear \[320, 800\]"):
         layout("lenet5-tr", build("lenet5", input_size=24))
-    with pytest.raises(ValueError, match=r"layer 'conv1' must have a weight \[20, 1, 5, 5\], got none"):
+    with pytest.raises(
+        ValueError, match=r"layer 'conv1' must have a weight \[20, 1, 5, 5\], got none of that name"
+    ):
         layout("lenet5-tr", nn.Linear(2, 2))
     with pytest.raises(ValueError, match="network must have 3x3 convolutions, got none"):
         layout("resnet-tr", build("lenet5"))
