@@ -112,9 +112,12 @@ def posttraining(
     if begun is not None:
         report.details |= begun["details"]
         import_choices(small, begun["plans"])
+        for entry in report.layers:
+            entry.skipped = begun["skipped"].get(entry.name)  # by ranks alone it would be for having none
     ranks = {entry.name: None if entry.rank is None else list(entry.rank) for entry in report.layers}
     if kept is not None and begun is None:
-        _write(kept, {"ranks": ranks, "plans": export_choices(small), "details": report.details})
+        chosen = {"ranks": ranks, "skipped": {entry.name: entry.skipped for entry in report.layers}}
+        _write(kept, {**chosen, "plans": export_choices(small), "details": report.details})
     norms = 0
     if recalibrate:
         norms = recalibrate_batchnorm(small, task, seed=seed)
@@ -166,7 +169,7 @@ def _read(path: Path, checkpoint: str | Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text())
-        found = {key: found[key] for key in ("ranks", "plans", "details")}
+        found = {key: found[key] for key in ("ranks", "skipped", "plans", "details")}
         if not all(isinstance(value, dict) for value in found.values()):
             raise TypeError("not what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -129,6 +129,8 @@ def test_a_killed_run_keeps_its_measured_ranks(trained, dataset, tmp_path, monke
     for key, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[key], value)
     assert resumed.report.details["latency_rule"]["asked"] == 1.6
+    why = [[(entry.name, entry.skipped) for entry in made.report.layers] for made in (whole, resumed)]
+    assert why[0] == why[1]
     plans = export_choices(resumed.model)
     assert any(entry["tuned"] for entry in plans["layers"].values())
     assert plans == json.loads(path.with_name("run.ckpt.ranks").read_text())["plans"]
