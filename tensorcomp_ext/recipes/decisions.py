@@ -80,8 +80,6 @@ def check_training(
         own = getattr(sys.modules[__package__], name, train)  # the recipe that was called
         known = {*taken.parameters, *inspect.signature(own).parameters} - {"training", "parameters"}
         raise TypeError(f"{name}: unknown option {given!r}{nearest(given, known)}")
-    for given in training.keys() & {"model", "dataset", "epochs"}:
-        raise TypeError(f"{name}: {given} is given twice")
     asked = taken.bind(None, dataset, epochs=epochs, **training)
     asked.apply_defaults()
     options = {**asked.arguments, "callbacks": []}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tensorcomp_ext.data import Dataset
-from tensorcomp_ext.plan.modes import modes_kept
+from tensorcomp_ext.plan.modes import evaluating
 
 
 class Accuracy(NamedTuple):
@@ -105,8 +105,7 @@ def evaluate(
     device, dtype = device_of(model), dtype_of(model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    with modes_kept(model), torch.inference_mode():
-        model.eval()
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(labels), batch_size):
             batch = sent(images[start : start + batch_size], device, layout)
             read = dataset.normalize(batch).to(dtype)

@@ -95,7 +95,8 @@ def posttraining(
         key: training[key] for key in ("augment", "label_smoothing", "channels_last") if key in training
     }
     task = as_task("posttraining", dataset, **images)
-    task.check(name, model)
+    if not epochs:  # with epochs it has been asked already
+        task.check(name, model)
     spec = parse_rank(rank) if isinstance(rank, str) else rank
     rule = spec if isinstance(spec, Latency) else None
     if rule is not None and processes.count() > 1:

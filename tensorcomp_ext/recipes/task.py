@@ -65,7 +65,7 @@ class Task(ABC):
     def tried(self, name: str, model: nn.Module) -> tuple[Any, Tensor]:
         """What a network answers to those examples in evaluation, and their labels; see :meth:`check`."""
         batch = self.batch_for(model, self.trial(), torch.Generator().manual_seed(0))
-        # Not in inference mode, or parts gathered from several processes could not be trained thereafter.
+        # Not in inference mode: whatever the network keeps of this call must be of use in training.
         with evaluating(model), torch.no_grad():
             return answers_of(name, model, batch.inputs, f"what {self.name} holds"), batch.labels
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensorcomp_ext.data import SentenceDataset, Sequences, TextDataset, TranslationDataset, batches_by_length
 from tensorcomp_ext.data.vocabulary import BEGIN, END, PAD
-from tensorcomp_ext.plan.modes import modes_kept
+from tensorcomp_ext.plan.modes import evaluating
 
 from .checkpoint import checksum
 from .evaluate import Accuracy, check_classes, device_of, sent
@@ -341,8 +341,7 @@ class _Sums:
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without autograd; the training modes come back afterwards."""
-    with modes_kept(model), torch.inference_mode():
-        model.eval()
+    with evaluating(model), torch.inference_mode():
         yield
 
 
